@@ -1,0 +1,573 @@
+"""The pixel functions of Phase 5, written once and compiled for the CPU and for CUDA.
+
+Every function marked ``register_jitable`` is ordinary Python that numba compiles into whatever calls it: the CPU
+loops in this module, the CUDA kernels of :func:`cuda_kernels`, or nothing at all (CUDA simulator). All arithmetic is
+in float64 with explicit casts and without fused multiply-add, so that every compilation gives the same coordinates,
+masks and weights bit for bit; only Lanczos weights go through ``sin`` and ``cos``, whose last bit may differ.
+
+Conventions: planar arrays ``(channel, y, x)``; pixel centres at integer coordinates; NaN means "no data".
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+
+BILINEAR = 0
+LANCZOS3 = 1
+
+MEAN = 0
+MEDIAN = 1
+SIGMA_CLIP = 2
+WINSORIZED = 3
+MINIMUM = 4
+MAXIMUM = 5
+FIRST = 6
+LAST = 7
+
+#: Coordinates are rounded to this fraction of a pixel: what a mesh loses to rounding (1e-9 pixel) must not make a
+#: masked neighbour contribute to a pixel that it does not touch.
+COORDINATE_QUANTUM = 1.0 / 1048576.0
+
+
+@register_jitable
+def cubic_weights(t):
+    """Weights of the four nodes at -1, 0, 1, 2 for cubic Lagrange interpolation at ``t`` in [0, 1)."""
+    a = t + 1.0
+    b = t - 1.0
+    c = t - 2.0
+    return -(t * b * c) / 6.0, (a * b * c) / 2.0, -(a * t * c) / 2.0, (a * t * b) / 6.0
+
+
+@register_jitable
+def column_position(nodes, axis, row, weights, column):
+    """Tile coordinate ``axis`` on mesh column ``column``, interpolated between four mesh rows around ``row``."""
+    return (
+        weights[0] * nodes[axis, row - 1, column]
+        + weights[1] * nodes[axis, row, column]
+        + weights[2] * nodes[axis, row + 1, column]
+        + weights[3] * nodes[axis, row + 2, column]
+    )
+
+
+@register_jitable
+def cell_columns(nodes, axis, row, weights, cell):
+    """Tile coordinate on the four mesh columns around ``cell``, for one output row."""
+    return (
+        column_position(nodes, axis, row, weights, cell - 1),
+        column_position(nodes, axis, row, weights, cell),
+        column_position(nodes, axis, row, weights, cell + 1),
+        column_position(nodes, axis, row, weights, cell + 2),
+    )
+
+
+@register_jitable
+def interpolate(columns, weights):
+    """Cubic interpolation between four values."""
+    return weights[0] * columns[0] + weights[1] * columns[1] + weights[2] * columns[2] + weights[3] * columns[3]
+
+
+@register_jitable
+def tile_position(nodes, mesh_y, mesh_x, step, y, x):
+    """Tile pixel ``(ty, tx)`` of output pixel ``(y, x)``; exact where the mesh has a node for every pixel."""
+    if step == 1:
+        return nodes[1, y - mesh_y, x - mesh_x], nodes[0, y - mesh_y, x - mesh_x]
+    row = (y - mesh_y) // step
+    cell = (x - mesh_x) // step
+    wy = cubic_weights((y - mesh_y - row * step) / step)
+    wx = cubic_weights((x - mesh_x - cell * step) / step)
+    return (
+        interpolate(cell_columns(nodes, 1, row, wy, cell), wx),
+        interpolate(cell_columns(nodes, 0, row, wy, cell), wx),
+    )
+
+
+@register_jitable
+def quantise(coordinate):
+    """Round a finite coordinate to :data:`COORDINATE_QUANTUM`."""
+    return math.floor(coordinate * 1048576.0 + 0.5) * COORDINATE_QUANTUM
+
+
+@register_jitable
+def near(y, x, height, width):
+    """Whether a raw coordinate is finite and can still lie on the tile after rounding."""
+    return y >= -0.6 and y <= height - 0.4 and x >= -0.6 and x <= width - 0.4
+
+
+@register_jitable
+def inside(y, x, height, width):
+    """Whether tile pixel ``(y, x)`` lies on the tile."""
+    return y >= -0.5 and y <= height - 0.5 and x >= -0.5 and x <= width - 0.5
+
+
+@register_jitable
+def lanczos_weights(f):
+    """Six normalised Lanczos-3 weights for the pixels at -2..3 around fraction ``f`` in [0, 1).
+
+    sinc(d) sinc(d/3) with d = f - k; all sines follow from one sine and one cosine of pi f / 3
+    (angle addition and the triple-angle formula).
+    """
+    if f == 0.0:
+        return 0.0, 0.0, 1.0, 0.0, 0.0, 0.0
+    s = math.sin(math.pi * f / 3.0)
+    c = math.cos(math.pi * f / 3.0)
+    full = s * (3.0 - 4.0 * s * s)
+    h = 0.8660254037844386
+    # sin(pi (f - k)) = (-1)^k sin(pi f); the common sin(pi f) cancels in the normalisation except for its sign
+    a = full * (0.5 * (-s) + h * c) / ((f + 2.0) * (f + 2.0))
+    b = -full * (0.5 * s + h * c) / ((f + 1.0) * (f + 1.0))
+    d = full * s / (f * f)
+    e = -full * (0.5 * s - h * c) / ((f - 1.0) * (f - 1.0))
+    g = full * (-0.5 * s - h * c) / ((f - 2.0) * (f - 2.0))
+    i = -full * (-s) / ((f - 3.0) * (f - 3.0))
+    total = a + b + d + e + g + i
+    return a / total, b / total, d / total, e / total, g / total, i / total
+
+
+@register_jitable
+def coarse_value(grid, spacing, y, x):
+    """Bilinear value at tile pixel ``(y, x)`` of a coarse map whose cell centres lie ``spacing`` pixels apart."""
+    rows, columns = grid.shape
+    v = min(max((y + 0.5) / spacing - 0.5, 0.0), rows - 1.0)
+    u = min(max((x + 0.5) / spacing - 0.5, 0.0), columns - 1.0)
+    j = min(int(v), rows - 1)
+    i = min(int(u), columns - 1)
+    jj = min(j + 1, rows - 1)
+    ii = min(i + 1, columns - 1)
+    fv = v - j
+    fu = u - i
+    top = (1.0 - fu) * np.float64(grid[j, i]) + fu * np.float64(grid[j, ii])
+    bottom = (1.0 - fu) * np.float64(grid[jj, i]) + fu * np.float64(grid[jj, ii])
+    return (1.0 - fv) * top + fv * bottom
+
+
+@register_jitable
+def bilinear_corners(height, width, origin, y, x):
+    """Corner indices, counted from ``origin``, and weights of tile pixel ``(y, x)``.
+
+    Coordinates up to half a pixel outside the tile use the edge pixel.
+    """
+    j = int(math.floor(y))
+    i = int(math.floor(x))
+    fy = y - j
+    fx = x - i
+    j0 = max(j, 0) - origin[0]
+    i0 = max(i, 0) - origin[1]
+    j1 = min(j + 1, height - 1) - origin[0]
+    i1 = min(i + 1, width - 1) - origin[1]
+    return j0, j1, i0, i1, (1.0 - fy) * (1.0 - fx), (1.0 - fy) * fx, fy * (1.0 - fx), fy * fx
+
+
+@register_jitable
+def bilinear_value(source, channel, corners):
+    """Bilinear value of one plane of a (C, h, w) array; a corner of weight 0 cannot spread its NaN."""
+    j0, j1, i0, i1, w00, w01, w10, w11 = corners
+    v00 = np.float64(source[channel, j0, i0])
+    v01 = np.float64(source[channel, j0, i1])
+    v10 = np.float64(source[channel, j1, i0])
+    v11 = np.float64(source[channel, j1, i1])
+    value = w00 * v00 + w01 * v01 + w10 * v10 + w11 * v11
+    if value != value:
+        value = 0.0
+        if w00 != 0.0:
+            value += w00 * v00
+        if w01 != 0.0:
+            value += w01 * v01
+        if w10 != 0.0:
+            value += w10 * v10
+        if w11 != 0.0:
+            value += w11 * v11
+    return value
+
+
+@register_jitable
+def lanczos_value(source, channel, j, i, wy, wx):
+    """Lanczos-3 value of one plane of a (C, h, w) array around pixel ``(j, i)``; NaN where a pixel of the 6 x 6 support is missing."""
+    value = 0.0
+    for b in range(6):
+        if wy[b] != 0.0:
+            line = 0.0
+            for a in range(6):
+                if wx[a] != 0.0:
+                    line += wx[a] * np.float64(source[channel, j + b - 2, i + a - 2])
+            value += wy[b] * line
+    return value
+
+
+@register_jitable
+def map_weight(alpha, weight_map, spacing, y, x, corners):
+    """Weight of tile pixel ``(y, x)`` after the tile's alpha plane and its coarse weight map, where it has them."""
+    weight = 1.0
+    if weight_map.size > 1:
+        weight = coarse_value(weight_map, spacing, y, x)
+    if alpha.size > 1:
+        weight = weight * bilinear_value(alpha, 0, corners)
+    return weight
+
+
+@register_jitable
+def edge_weight(feather, height, width, y, x):
+    """Ramp from 0 at the tile's edge to 1 at ``feather`` pixels from it; 1 everywhere for a feather of 0."""
+    if feather > 0.0:
+        edge = min(min(x + 0.5, width - 0.5 - x), min(y + 0.5, height - 0.5 - y))
+        return min(edge / feather, 1.0)
+    return 1.0
+
+
+@register_jitable
+def lanczos_or_nan(source, channel, origin, shape, y, x):
+    """Lanczos-3 value at tile pixel ``(y, x)``; NaN where the tile's edge or a missing pixel cuts its support."""
+    j = int(math.floor(y))
+    i = int(math.floor(x))
+    if j < 2 or i < 2 or j + 3 >= shape[0] or i + 3 >= shape[1]:
+        return np.nan
+    return lanczos_value(source, channel, j - origin[0], i - origin[1], lanczos_weights(y - j), lanczos_weights(x - i))
+
+
+@register_jitable(inline="always")
+def deposit(
+    source,
+    origin,
+    shape,
+    method,
+    alpha,
+    weight_map,
+    spacing,
+    mapped,
+    feather,
+    scale,
+    y,
+    x,
+    values,
+    weights,
+    at,
+    add,
+):
+    """Resample one pixel and add it to the sums (``add``) or store it as a layer of its own.
+
+    ``values`` is (C, h, w) and ``weights`` (h, w); a pixel without data leaves them untouched. Lanczos-3 gives way
+    to bilinear where its support is cut.
+    """
+    if not near(y, x, shape[0], shape[1]):
+        return
+    y = quantise(y)
+    x = quantise(x)
+    if not inside(y, x, shape[0], shape[1]):
+        return
+    corners = bilinear_corners(shape[0], shape[1], origin, y, x)
+    weight = scale * edge_weight(feather, shape[0], shape[1], y, x)
+    if mapped:
+        weight = weight * map_weight(alpha, weight_map, spacing, y, x, corners)
+    if not weight > 0.0:
+        return
+    seen = False
+    for channel in range(source.shape[0]):
+        value = bilinear_value(source, channel, corners)
+        if value == value:
+            seen = True
+            if method == LANCZOS3:
+                sharp = lanczos_or_nan(source, channel, origin, shape, y, x)
+                if sharp == sharp:
+                    value = sharp
+            if add:
+                value = np.float64(values[channel, at[0], at[1]]) + weight * value
+            values[channel, at[0], at[1]] = np.float32(value)
+    if seen:
+        if add:
+            weight = np.float64(weights[at[0], at[1]]) + weight
+        weights[at[0], at[1]] = np.float32(weight)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def resample_rows(
+    source,
+    origin,
+    shape,
+    method,
+    alpha,
+    weight_map,
+    spacing,
+    feather,
+    scale,
+    mesh,
+    block,
+    rect,
+    values,
+    weights,
+    add,
+):
+    """CPU loop over the output rectangle ``rect`` = (y0, y1, x0, x1); see :func:`deposit`.
+
+    ``mesh`` = (nodes, y, x, step); ``block`` = (y, x) of ``values[:, 0, 0]``.
+    """
+    nodes, mesh_y, mesh_x, step = mesh
+    mapped = alpha.size > 1 or weight_map.size > 1
+    for y in range(rect[0], rect[1]):
+        row = (y - mesh_y) // step
+        wy = cubic_weights((y - mesh_y - row * step) / step)
+        for cell in range((rect[2] - mesh_x) // step, (rect[3] - 1 - mesh_x) // step + 1):
+            # all pixels of one mesh cell on this row share the four column positions
+            if step > 1:
+                columns_y = cell_columns(nodes, 1, row, wy, cell)
+                columns_x = cell_columns(nodes, 0, row, wy, cell)
+            start = mesh_x + cell * step
+            for x in range(max(rect[2], start), min(rect[3], start + step)):
+                if step > 1:
+                    wx = cubic_weights((x - start) / step)
+                    ty = interpolate(columns_y, wx)
+                    tx = interpolate(columns_x, wx)
+                else:
+                    ty = nodes[1, row, cell]
+                    tx = nodes[0, row, cell]
+                deposit(
+                    source, origin, shape, method, alpha, weight_map, spacing, mapped, feather, scale,
+                    ty, tx, values, weights, (y - block[0], x - block[1]), add,
+                )  # fmt: skip
+
+
+@register_jitable
+def cell_sums(source, origin, shape, mesh, cell_px, cy, cx, sums, counts, at):
+    """Add the valid bilinear samples of coarse cell ``(cy, cx)`` (``cell_px`` squared output pixels) to ``sums``.
+
+    ``sums`` is float64 (C, h, w), ``counts`` (h, w): how many samples were valid.
+    """
+    nodes, mesh_y, mesh_x, step = mesh
+    count = 0
+    for y in range(cy * cell_px, (cy + 1) * cell_px):
+        row = (y - mesh_y) // step
+        wy = cubic_weights((y - mesh_y - row * step) / step)
+        cell = -1
+        columns_y = (0.0, 0.0, 0.0, 0.0)
+        columns_x = (0.0, 0.0, 0.0, 0.0)
+        for x in range(cx * cell_px, (cx + 1) * cell_px):
+            here = (x - mesh_x) // step
+            if step == 1:
+                ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
+            else:
+                if here != cell:
+                    cell = here
+                    columns_y = cell_columns(nodes, 1, row, wy, cell)
+                    columns_x = cell_columns(nodes, 0, row, wy, cell)
+                wx = cubic_weights((x - mesh_x - cell * step) / step)
+                ty = interpolate(columns_y, wx)
+                tx = interpolate(columns_x, wx)
+            if not near(ty, tx, shape[0], shape[1]):
+                continue
+            ty = quantise(ty)
+            tx = quantise(tx)
+            if inside(ty, tx, shape[0], shape[1]):
+                corners = bilinear_corners(shape[0], shape[1], origin, ty, tx)
+                first = bilinear_value(source, 0, corners)
+                if first == first:
+                    count += 1
+                    sums[0, at[0], at[1]] += first
+                    for channel in range(1, source.shape[0]):
+                        sums[channel, at[0], at[1]] += bilinear_value(source, channel, corners)
+    counts[at[0], at[1]] = count
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def measure_cells(source, origin, shape, mesh, cell_px, corner, wanted, sums, counts):
+    """CPU loop over coarse cells; ``corner`` = (cy, cx) of ``sums[:, 0, 0]``; cells where ``wanted`` is 0 are skipped."""
+    for j in range(wanted.shape[0]):
+        for i in range(wanted.shape[1]):
+            if wanted[j, i]:
+                cell_sums(source, origin, shape, mesh, cell_px, corner[0] + j, corner[1] + i, sums, counts, (j, i))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def cells_inside(mesh, shape, cell_px, corner, found):
+    """Mark in ``found`` the coarse cells of which any corner or the centre lies on the tile."""
+    nodes, mesh_y, mesh_x, step = mesh
+    half = cell_px // 2
+    for j in range(found.shape[0]):
+        for i in range(found.shape[1]):
+            y = (corner[0] + j) * cell_px
+            x = (corner[1] + i) * cell_px
+            for dy, dx in (
+                (half, half),
+                (0, 0),
+                (0, cell_px - 1),
+                (cell_px - 1, 0),
+                (cell_px - 1, cell_px - 1),
+            ):
+                ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y + dy, x + dx)
+                if inside(ty, tx, shape[0], shape[1]):
+                    found[j, i] = 1
+                    break
+
+
+@register_jitable
+def sort_layers(values, weights, y, x, channel):
+    """Sort the samples of one pixel in place by value, their weights with them, "no data" (weight 0) last.
+
+    ``values`` is (K, C, h, w); ``weights`` is (K, C, h, w) too, since each channel is ordered on its own. Returns
+    the number of samples with data.
+    """
+    layers = values.shape[0]
+    n = 0
+    for k in range(layers):
+        if weights[k, channel, y, x] > 0.0:
+            value = values[k, channel, y, x]
+            weight = weights[k, channel, y, x]
+            j = n
+            while j > 0 and values[j - 1, channel, y, x] > value:
+                values[j, channel, y, x] = values[j - 1, channel, y, x]
+                weights[j, channel, y, x] = weights[j - 1, channel, y, x]
+                j -= 1
+            values[j, channel, y, x] = value
+            weights[j, channel, y, x] = weight
+            n += 1
+    return n
+
+
+@register_jitable
+def quantile(values, n, y, x, channel, q):
+    """Quantile of ``n`` sorted samples with linear interpolation of the rank (numpy's default, Hyndman & Fan 7)."""
+    rank = q * (n - 1)
+    low = int(rank)
+    high = min(low + 1, n - 1)
+    f = rank - low
+    return (1.0 - f) * np.float64(values[low, channel, y, x]) + f * np.float64(values[high, channel, y, x])
+
+
+@register_jitable
+def weighted_mean(values, weights, start, stop, y, x, channel, low, high):
+    """Weighted mean of the sorted samples ``start:stop``, each clipped to ``low .. high``."""
+    total = 0.0
+    norm = 0.0
+    for k in range(start, stop):
+        value = min(max(np.float64(values[k, channel, y, x]), low), high)
+        weight = np.float64(weights[k, channel, y, x])
+        total += weight * value
+        norm += weight
+    return total / norm
+
+
+@register_jitable
+def clip_range(values, n, y, x, channel, kappa_low, kappa_high):
+    """First and past-the-last of ``n`` sorted samples that survive iterated kappa-sigma clipping.
+
+    The spread is taken about the median of the samples that remain (a pivot: sums of squares cancel in float32 on a
+    high pedestal), over the samples other than the one farthest out, so that one outlier among few cannot hide
+    behind the spread it makes itself. Two samples cannot say which of them is wrong: both stay.
+    """
+    start = 0
+    stop = n
+    while stop - start > 2:
+        m = stop - start
+        middle = start + (m - 1) // 2
+        centre = np.float64(values[middle, channel, y, x])
+        if m % 2 == 0:
+            centre = 0.5 * (centre + np.float64(values[middle + 1, channel, y, x]))
+        below = centre - np.float64(values[start, channel, y, x])
+        above = np.float64(values[stop - 1, channel, y, x]) - centre
+        drop_low = below / kappa_low > above / kappa_high
+        first = start + 1 if drop_low else start
+        last = stop if drop_low else stop - 1
+        squares = 0.0
+        for k in range(first, last):
+            d = np.float64(values[k, channel, y, x]) - centre
+            squares += d * d
+        sigma = math.sqrt(squares / max(m - 2, 1)) if m > 3 else math.sqrt(squares)
+        limit = (kappa_low if drop_low else kappa_high) * sigma
+        worst = below if drop_low else above
+        if sigma <= 0.0 or worst <= limit:
+            break
+        start = first
+        stop = last
+    return start, stop
+
+
+@register_jitable
+def combine_pixel(values, weights, y, x, method, kappa_low, kappa_high, trim_low, trim_high, out):
+    """Combine the layers of one pixel, channel by channel, into ``out`` (C, h, w); NaN where there is no data."""
+    for channel in range(values.shape[1]):
+        if method == FIRST or method == LAST:
+            result = np.nan
+            for k in range(values.shape[0]):
+                if weights[k, channel, y, x] > 0.0:
+                    result = np.float64(values[k, channel, y, x])
+                    if method == FIRST:
+                        break
+            out[channel, y, x] = np.float32(result)
+            continue
+        n = sort_layers(values, weights, y, x, channel)
+        if n == 0:
+            out[channel, y, x] = np.float32(np.nan)
+            continue
+        lowest = np.float64(values[0, channel, y, x])
+        highest = np.float64(values[n - 1, channel, y, x])
+        if method == MINIMUM:
+            result = lowest
+        elif method == MAXIMUM:
+            result = highest
+        elif method == MEDIAN:
+            result = quantile(values, n, y, x, channel, 0.5)
+        elif method == SIGMA_CLIP:
+            start, stop = clip_range(values, n, y, x, channel, kappa_low, kappa_high)
+            result = weighted_mean(values, weights, start, stop, y, x, channel, lowest, highest)
+        elif method == WINSORIZED:
+            low = quantile(values, n, y, x, channel, trim_low)
+            high = quantile(values, n, y, x, channel, 1.0 - trim_high)
+            result = weighted_mean(values, weights, 0, n, y, x, channel, low, high)
+        else:
+            result = weighted_mean(values, weights, 0, n, y, x, channel, lowest, highest)
+        out[channel, y, x] = np.float32(result)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def combine_layers(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):
+    """CPU loop over the pixels of a block; see :func:`combine_pixel`."""
+    for y in range(out.shape[1]):
+        for x in range(out.shape[2]):
+            combine_pixel(values, weights, y, x, method, kappa_low, kappa_high, trim_low, trim_high, out)
+
+
+def cuda_kernels(cuda):
+    """The same loops as CUDA kernels, one thread a pixel (or coarse cell).
+
+    Parameters
+    ----------
+    cuda : module
+        ``numba.cuda``, real or its simulator.
+
+    Returns
+    -------
+    dict
+        Kernels by name: ``resample``, ``measure``, ``combine``; arguments as those of the CPU loops.
+    """
+
+    @cuda.jit(fastmath=False)
+    def resample(
+        source, origin, shape, method, alpha, weight_map, spacing, feather, scale, nodes, mesh_y, mesh_x, step,
+        block, rect, values, weights, add,
+    ):  # fmt: skip
+        i, j = cuda.grid(2)
+        y = rect[0] + j
+        x = rect[2] + i
+        if y < rect[1] and x < rect[3]:
+            ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
+            mapped = alpha.size > 1 or weight_map.size > 1
+            deposit(
+                source, origin, shape, method, alpha, weight_map, spacing, mapped, feather, scale,
+                ty, tx, values, weights, (y - block[0], x - block[1]), add,
+            )  # fmt: skip
+
+    @cuda.jit(fastmath=False)
+    def measure(source, origin, shape, nodes, mesh_y, mesh_x, step, cell_px, corner, wanted, sums, counts):
+        i, j = cuda.grid(2)
+        if j < wanted.shape[0] and i < wanted.shape[1] and wanted[j, i]:
+            mesh = (nodes, mesh_y, mesh_x, step)
+            cell_sums(source, origin, shape, mesh, cell_px, corner[0] + j, corner[1] + i, sums, counts, (j, i))
+
+    @cuda.jit(fastmath=False)
+    def combine(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):
+        i, j = cuda.grid(2)
+        if j < out.shape[1] and i < out.shape[2]:
+            combine_pixel(values, weights, j, i, method, kappa_low, kappa_high, trim_low, trim_high, out)
+
+    return {"resample": resample, "measure": measure, "combine": combine}

@@ -1,0 +1,276 @@
+"""The picture of a mosaic: gathered block by block, stretched for the eye, saved as PNG.
+
+Nothing here goes back into the science: `stretch` moves each channel's background and scale to the same grey and then
+applies one function to all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from zemosaic_utils import RunError, atomic_path
+
+_PATCH = 4  # side in pixels of the small squares from which levels and noise are measured
+_PATCHES = 16384  # about so many of them, spread evenly: a quarter of a million pixels per channel
+_SKY = (0.05, 0.35)  # the sky lies in the patches between these quantiles of brightness
+_KNEE = 12.0  # with this asinh_a, the stretch turns from linear to logarithmic at the level of the background
+_MIN_DEPTH = 4.0  # the black point is at least so many times the noise below the background
+_MIN_RANGE = 40.0  # white lies at least so many times the background's height above black
+_TABLE = 1 << 18  # entries of the look-up table: a step is far below one grey level where the curve is steepest
+
+
+class PreviewAccumulator:
+    """Bins the blocks of a mosaic into a small picture; the mosaic itself is never held.
+
+    A preview pixel is the mean of the mosaic's pixels with data in its square of ``factor`` x ``factor``. Memory is
+    bounded by `max_dim`: at most 5 to 6 bytes x channels x max_dim**2 (for mosaics below 15 x max_dim pixels a side).
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (H, W) of the mosaic, each at least 1.
+    channels : int
+        Channels C of the mosaic, at least 1.
+    max_dim : int
+        The longest side that the picture may have, in pixels.
+
+    Attributes
+    ----------
+    factor : int
+        Pixels of the mosaic per pixel of the picture, along each axis.
+
+    Raises
+    ------
+    ValueError
+        A size is below 1.
+    """
+
+    def __init__(self, shape: tuple[int, int], channels: int, max_dim: int = 3200) -> None:
+        if min(*shape, channels, max_dim) < 1:
+            raise ValueError(f"a preview of {channels} x {shape} within {max_dim} pixels cannot be made")
+        self.shape = (int(shape[0]), int(shape[1]))
+        self.factor = math.ceil(max(self.shape) / max_dim)
+        size = (channels, *(math.ceil(n / self.factor) for n in self.shape))
+        self._sums = np.zeros(size, np.float32)
+        self._counts = np.zeros(size, np.min_scalar_type(self.factor**2))
+        self._lock = threading.Lock()
+
+    def add(self, y0: int, x0: int, block: np.ndarray) -> None:
+        """Add one block of the mosaic; blocks may come in any order and from several threads.
+
+        Parameters
+        ----------
+        y0, x0 : int
+            Row and column of the block's first pixel in the mosaic.
+        block : ndarray, float32, (C, h, w)
+            Pixels; NaN where there is no data. Every pixel of the mosaic is given at most once.
+
+        Raises
+        ------
+        ValueError
+            The block has other channels than the mosaic, or reaches beyond it.
+        """
+        channels, h, w = block.shape
+        if channels != len(self._sums) or min(y0, x0) < 0 or y0 + h > self.shape[0] or x0 + w > self.shape[1]:
+            raise ValueError(f"a block of {block.shape} at {(y0, x0)} does not fit a mosaic of {self.shape}")
+        if h == 0 or w == 0:
+            return
+        f = self.factor
+        window = np.s_[y0 // f : (y0 + h - 1) // f + 1, x0 // f : (x0 + w - 1) // f + 1]
+        whole = _counts_of_full_block(y0, x0, h, w, f)
+        for channel, plane in enumerate(block):
+            binned = _bin(plane, y0, x0, f, np.float32)
+            counts = whole
+            if np.isnan(binned).any():  # rare: most blocks lie wholly inside the mosaic
+                seen = ~np.isnan(plane)
+                counts = _bin(seen.view(np.uint8), y0, x0, f, self._counts.dtype)
+                binned = _bin(np.where(seen, plane, np.float32(0)), y0, x0, f, np.float32)
+            with self._lock:  # blocks that are neighbours share preview pixels along their edges
+                self._sums[channel][window] += binned
+                self._counts[channel][window] += counts.astype(self._counts.dtype, copy=False)
+
+    def image(self) -> np.ndarray:
+        """Return the picture so far, float32 (C, h, w), NaN where nothing was seen; row 0 is the mosaic's row 0."""
+        with self._lock:
+            out = np.full(self._sums.shape, np.nan, np.float32)
+            np.divide(self._sums, self._counts, out=out, where=self._counts > 0, casting="same_kind")
+        return out
+
+
+def _phases(start: int, length: int, factor: int) -> list[tuple[slice, slice]]:
+    """Pair every ``factor``-th input index, for each phase, with the run of bins that those indices fall into."""
+    pairs = []
+    for phase in range(min(factor, length)):
+        first = (start + phase) // factor - start // factor
+        count = len(range(phase, length, factor))
+        pairs.append((slice(phase, None, factor), slice(first, first + count)))
+    return pairs
+
+
+def _bin(plane: np.ndarray, y0: int, x0: int, factor: int, dtype: np.dtype) -> np.ndarray:
+    """Sum a plane (h, w) over the squares of the grid that starts at the mosaic's first pixel; NaN spreads."""
+    if factor == 1:
+        return plane.astype(dtype, copy=False)
+    h, w = plane.shape
+    rows = np.zeros(((y0 + h - 1) // factor - y0 // factor + 1, w), dtype)
+    for source, target in _phases(y0, h, factor):
+        rows[target] += plane[source]
+    out = np.zeros((len(rows), (x0 + w - 1) // factor - x0 // factor + 1), dtype)
+    for source, target in _phases(x0, w, factor):
+        out[:, target] += rows[:, source]
+    return out
+
+
+def _counts_of_full_block(y0: int, x0: int, h: int, w: int, factor: int) -> np.ndarray:
+    """Count the pixels of a block without gaps in each of its bins."""
+    down = np.bincount(np.arange(y0, y0 + h) // factor - y0 // factor)
+    across = np.bincount(np.arange(x0, x0 + w) // factor - x0 // factor)
+    return np.outer(down, across)
+
+
+# ---------------------------------------------------------------------------------------------------- stretch
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """How pixel values map to the stretch: ``x = (value - black) / unit``, 0 is black, 1 the background."""
+
+    black: np.ndarray  # (C,) float64
+    unit: np.ndarray  # (C,) float64, the background's height above black
+    white: float  # x that becomes white
+
+
+def stretch(image: np.ndarray, p_low: float = 1.0, p_high: float = 99.9, asinh_a: float = 12.0) -> np.ndarray:
+    """Make a picture that is worth looking at out of linear pixels.
+
+    Each channel's background is brought to the same level and its noise to the same scale, so that the background
+    is grey. Then one function serves all channels, ``asinh(k x) / asinh(k x_white)``, where x is the height above
+    black in units of the background's, and ``k = asinh_a / 12``: near the background it is linear, above it
+    logarithmic, so that faint nebulae are seen and bright stars keep their colour.
+
+    Parameters
+    ----------
+    image : ndarray, float, (H, W) or (C, H, W)
+        Pixels on any linear scale, C 1 or 3; NaN and infinities are no data.
+    p_low : float
+        Percentile of the pixels at which black lies, 0 to 100; black never comes closer to the background than four
+        times the noise.
+    p_high : float
+        Percentile of the pixels (of each one's brightest channel) at which white lies, above `p_low`, to 100.
+    asinh_a : float
+        Strength of the stretch, above 0: the more, the brighter the faint.
+
+    Returns
+    -------
+    ndarray, uint8, (H, W) for one channel or (H, W, 3)
+        The picture; 0 where there is no data. Row 0 is the image's row 0.
+
+    Raises
+    ------
+    ValueError
+        The image has another number of channels, or a parameter is out of its range.
+    """
+    planes = image[None] if image.ndim == 2 else image
+    if planes.ndim != 3 or len(planes) not in (1, 3):
+        raise ValueError(f"an image of shape {image.shape} cannot be shown; it must have 1 or 3 channels")
+    if not 0 <= p_low < p_high <= 100 or not 0 < asinh_a < math.inf:
+        raise ValueError("p_low < p_high must lie within 0 to 100, and asinh_a above 0")
+    out = np.zeros((*planes.shape[1:], len(planes)), np.uint8)
+    levels = _measure(planes, p_low, p_high)
+    if levels is not None:
+        _apply(planes, levels, _table(levels.white, asinh_a / _KNEE), out)
+    return out[..., 0] if len(planes) == 1 else out
+
+
+def _table(white: float, k: float) -> np.ndarray:
+    """Tabulate the stretch from black (entry 0) to white (last entry), uint8."""
+    x = np.linspace(0, k * white, _TABLE)
+    return np.round(np.arcsinh(x) * (255 / math.asinh(k * white))).astype(np.uint8)
+
+
+def _apply(planes: np.ndarray, levels: _Levels, table: np.ndarray, out: np.ndarray) -> None:
+    """Look every pixel up in the table, some rows at a time so that the work stays in the cache."""
+    last = np.float32(len(table) - 1)
+    rows = max(1, 65536 // max(planes.shape[2], 1))
+    for channel, plane in enumerate(planes):
+        black = plane.dtype.type(levels.black[channel])
+        steps = plane.dtype.type(last / (levels.unit[channel] * levels.white))
+        for y in range(0, len(plane), rows):
+            x = (plane[y : y + rows] - black) * steps
+            x[~np.isfinite(x)] = 0
+            np.clip(x, 0, last, out=x)
+            out[y : y + rows, :, channel] = table[x.astype(np.int32)]
+
+
+def _sample(planes: np.ndarray) -> np.ndarray:
+    """Take small squares spread evenly over the image, float64 (C, n, k, k); those without gaps where there are any."""
+    _, h, w = planes.shape
+    k = min(_PATCH, h, w)
+    step = max(k, round(math.sqrt(h * w / _PATCHES))) if k else 1
+    for size, stride in ((k, step), (1, 1)):
+        ny, nx = h // stride, w // stride
+        grid = planes[:, : ny * stride, : nx * stride].reshape(len(planes), ny, stride, nx, stride)
+        patches = grid[:, :, :size, :, :size].swapaxes(2, 3).reshape(len(planes), ny * nx, size, size)
+        whole = patches[:, np.isfinite(patches).all(axis=(0, 2, 3))]
+        if whole.shape[1] >= 64:
+            break
+    return whole.astype(np.float64)
+
+
+def _measure(planes: np.ndarray, p_low: float, p_high: float) -> _Levels | None:
+    """Find black, background and white; None where the image holds no data."""
+    sample = _sample(planes)
+    if not sample.size:
+        return None
+    scale = _noise(sample)[:, None]
+    medians = np.median(sample, axis=(2, 3)) / scale
+    brightness = medians.sum(axis=0)
+    low, high = np.quantile(brightness, _SKY)
+    sky = np.median(medians[:, (brightness >= low) & (brightness <= high)], axis=1)[:, None]
+    heights = sample.reshape(len(sample), -1) / scale - sky  # noise 1 and background 0 in every channel
+    depth = max(-float(np.percentile(heights.min(axis=0), p_low)), _MIN_DEPTH)
+    top = float(np.percentile(heights.max(axis=0), p_high))
+    return _Levels(((sky - depth) * scale)[:, 0], (depth * scale)[:, 0], max(top / depth + 1, _MIN_RANGE))
+
+
+def _noise(sample: np.ndarray) -> np.ndarray:
+    """Estimate each channel's noise, (C,), from differences of neighbours, which nebulae and gradients hardly touch."""
+    flat = sample.reshape(len(sample), -1)
+    pairs = np.diff(sample, axis=-1) if sample.shape[-1] > 1 else np.diff(sample, axis=1)
+    noise = np.zeros(len(sample))
+    if pairs.size:
+        noise = np.median(np.abs(pairs).reshape(len(sample), -1), axis=1) / (0.6745 * math.sqrt(2))
+    spread = np.ptp(np.percentile(flat, (16, 84), axis=1), axis=0) / 2
+    noise = np.where(noise > 0, noise, spread)
+    noise = np.where(noise > 0, noise, np.ptp(flat, axis=1) / 1000)
+    return np.where(noise > 0, noise, noise.max() if noise.max() > 0 else 1)
+
+
+def save_png(image_u8: np.ndarray, path: Path | str) -> None:
+    """Save a picture, complete or not at all, the right way up.
+
+    Parameters
+    ----------
+    image_u8 : ndarray, uint8, (H, W) or (H, W, 3)
+        The picture; its first row is the lowest, as in FITS, and becomes the last of the PNG.
+    path : Path or str
+        The file; its folder must exist.
+
+    Raises
+    ------
+    RunError
+        The file cannot be written.
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(image_u8[::-1]))
+    try:
+        with atomic_path(path) as part:
+            picture.save(part, format="PNG", compress_level=1, compress_type=3)  # runs only: no worse here
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror or error}); check the folder.") from error

@@ -1,0 +1,195 @@
+"""The input folder: which of its files are panels, and why the others are not."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from astropy.io import fits
+
+from zemosaic_fits import Tile, open_tile
+from zemosaic_headers import BROKEN, PRODUCT_KEYWORD, quiet
+from zemosaic_utils import UnusableFile, UsageError, is_path_excluded
+
+_FITS_NAME = re.compile(r"\.(fits?|fts)(\.(fz|gz))*$|\.fz$", re.IGNORECASE)
+_PRODUCT_NAME = re.compile(r"^zemosaic_MT\d+_R\d+_(science|aesthetic|coverage)\.fits(\.(fz|gz))*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A file (or folder) of the input that is not used.
+
+    Attributes
+    ----------
+    name : str
+        Path relative to the input folder, with forward slashes.
+    reason : str
+        Why, in words that follow the name.
+    """
+
+    name: str
+    reason: str
+
+
+def find_fits_files(folder: Path | str, problems: list[SetAside] | None = None) -> list[Path]:
+    """Find the FITS files below `folder`, sorted by path.
+
+    ``.fit``, ``.fits``, ``.fts`` in any case, also with ``.fz`` or ``.gz`` behind, and plain ``.fz``. Hidden
+    files and folders (unfinished output, other systems' leftovers) and the folders of `EXCLUDED_DIRS` are
+    passed over; links are followed.
+
+    Parameters
+    ----------
+    folder : Path or str
+        The input folder.
+    problems : list of SetAside, optional
+        Folders that cannot be read are appended.
+
+    Raises
+    ------
+    UsageError
+        `folder` is missing, no folder, or cannot be read.
+    """
+    folder = Path(folder)
+    _require_folder(folder)
+
+    def report(error: OSError) -> None:
+        if problems is not None:
+            name = Path(error.filename).relative_to(folder).as_posix()
+            problems.append(SetAside(name, f"is a folder that cannot be read ({error.strerror})"))
+
+    found: list[Path] = []
+    seen: set[Path] = set()
+    for root, folders, files in os.walk(folder, onerror=report, followlinks=True):
+        here = Path(root)
+        if here.resolve() in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        folders[:] = sorted(d for d in folders if d[0] != "." and not is_path_excluded(d))
+        found += [here / name for name in files if name[0] != "." and _FITS_NAME.search(name)]
+    return sorted(found)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise UsageError(f"The input folder {folder} does not exist.")
+    if not folder.is_dir():
+        raise UsageError(f"The input {folder} is not a folder; give the folder that holds the FITS files.")
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UsageError(f"The input folder {folder} cannot be read ({reason}).") from error
+
+
+def is_own_product(path: Path | str) -> bool:
+    """Tell whether a file is a mosaic that this program wrote; a file that cannot be read is none.
+
+    Known by the keyword ZMPROD, or the name ``zemosaic_MT*_R*_*.fits`` of a science, aesthetic or coverage
+    image.
+    """
+    path = Path(path)
+    if _PRODUCT_NAME.match(path.name):
+        return True
+    try:
+        with quiet(), fits.open(path, memmap=False) as hdul:
+            if PRODUCT_KEYWORD in hdul[0].header:
+                return True
+            # a compressed copy has an empty primary HDU and its header in the first extension
+            return hdul[0].header.get("NAXIS") == 0 and PRODUCT_KEYWORD in hdul[1].header
+    except BROKEN:
+        return False
+
+
+def scan_tiles(
+    input_dir: Path | str,
+    scratch_dir: Path | str,
+    output_dir: Path | str | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    names: Collection[str] | None = None,
+) -> tuple[list[Tile], list[SetAside]]:
+    """Open every FITS file below `input_dir`; what cannot be used is set aside with its reason.
+
+    Parameters
+    ----------
+    input_dir : Path or str
+        The folder of the panels.
+    scratch_dir : Path or str
+        An existing folder for unpacked ``.gz`` files, to be removed after the last tile was read.
+    output_dir : Path or str, optional
+        Where the mosaic goes; where it lies below `input_dir`, its files are no input.
+    progress : callable, optional
+        Called as ``progress(done, total)`` before the first file and after each.
+    names : collection of str, optional
+        Only these files, by their names relative to `input_dir`; default all.
+
+    Returns
+    -------
+    list of Tile
+        Sorted by path; all mono or all RGB, whichever are more (RGB where they are as many).
+    list of SetAside
+        What is not used.
+
+    Raises
+    ------
+    UsageError
+        `input_dir` cannot be used at all.
+    RunError
+        The disk is full while a file is unpacked.
+    """
+    root = Path(input_dir)
+    aside: list[SetAside] = []
+    files = {path.relative_to(root).as_posix(): path for path in find_fits_files(root, problems=aside)}
+    if names is not None:
+        aside += [SetAside(name, "is not in the input folder") for name in sorted(set(names) - set(files))]
+        files = {name: path for name, path in files.items() if name in set(names)}
+    files = {name: path for name, path in files.items() if not _lies_in(path, scratch_dir)}
+    if output_dir is not None and Path(output_dir).resolve() == root.resolve():
+        output_dir = None  # all panels lie in it
+    tiles: list[Tile] = []
+    if progress:
+        progress(0, len(files))
+    for done, (name, path) in enumerate(files.items(), start=1):
+        try:
+            tiles.append(_panel(path, name, scratch_dir, output_dir))
+        except UnusableFile as error:
+            aside.append(SetAside(name, error.reason))
+        if progress:
+            progress(done, len(files))
+    return _same_channels(tiles, aside)
+
+
+def _lies_in(path: Path, folder: Path | str) -> bool:
+    return Path(folder).resolve() in path.resolve().parents
+
+
+def _panel(path: Path, name: str, scratch_dir: Path | str, output_dir: Path | str | None) -> Tile:
+    """Open one file of the input folder as a panel, or raise `UnusableFile`."""
+    if output_dir is not None and _lies_in(path, output_dir):
+        raise UnusableFile(path, "lies in the output folder")
+    if is_own_product(path):
+        raise UnusableFile(path, "is a mosaic of an earlier run, which is not used as input")
+    tile = open_tile(path, name, scratch_dir)
+    if tile.raw_sub:
+        raise UnusableFile(path, "is a raw sub of a colour sensor (BAYERPAT), not a stacked panel")
+    return tile
+
+
+def _same_channels(tiles: list[Tile], aside: list[SetAside]) -> tuple[list[Tile], list[SetAside]]:
+    """Keep the tiles with the commoner number of channels."""
+    counts = Counter(tile.channels for tile in tiles)
+    if len(counts) < 2:
+        return tiles, aside
+    wanted = 3 if counts[3] >= counts[1] else 1
+    kind = {1: "mono", 3: "RGB"}
+    odd = [
+        SetAside(t.name, f"is {kind[t.channels]}, while most tiles are {kind[wanted]}")
+        for t in tiles
+        if t.channels != wanted
+    ]
+    return [tile for tile in tiles if tile.channels == wanted], aside + odd

@@ -1,0 +1,165 @@
+"""Tiles on their way through Phase 5: where they lie on the output, what their pixels are like, and their pixels.
+
+The pixels stay on disk; :class:`PixelStore` reads them when a block needs them and keeps what the memory budget allows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import ndimage
+
+from zemosaic_fits import Tile
+from zemosaic_grid import CoordinateMesh, OutputGrid, coordinate_mesh
+
+Rect = tuple[int, int, int, int]
+
+#: Side in tile pixels of the cells of a weight map.
+WEIGHT_CELL = 8
+#: Rows read at a time by a survey.
+SURVEY_ROWS = 512
+#: A weight map or alpha plane that says nothing.
+NO_MAP = np.ones((1, 1), np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedTile:
+    """A tile with its place on the output grid and its weights.
+
+    ``weight`` multiplies all its pixels; ``feather`` is the width in tile pixels of the ramp at its edge;
+    ``weight_map`` is float32 (h, w) on cells of :data:`WEIGHT_CELL` pixels, or 1 x 1 for none.
+    """
+
+    tile: Tile
+    mesh: CoordinateMesh
+    weight: float = 1.0
+    feather: float = 0.0
+    weight_map: np.ndarray = None  # type: ignore[assignment]
+
+    @property
+    def rect(self) -> tuple[int, int, int, int]:
+        """Output rectangle (y0, y1, x0, x1) that the tile can touch."""
+        return self.mesh.rect
+
+    def map(self) -> np.ndarray:
+        return NO_MAP if self.weight_map is None else self.weight_map
+
+
+@dataclass(frozen=True)
+class TileSurvey:
+    """What the pixels of a tile are like.
+
+    ``valid`` is bool (h, w) on cells of :data:`WEIGHT_CELL` tile pixels: the cell holds data. ``noise`` is float64
+    (C,), the standard deviation of a pixel from its neighbours' mean; ``pixels`` the number of pixels with data;
+    ``spread`` is the difference of the highest and the lowest value.
+    """
+
+    valid: np.ndarray
+    noise: np.ndarray
+    pixels: int
+    spread: float
+
+
+class PixelStore:
+    """Rows of tiles as float32 (C, rows, W), whole tiles kept in memory while the budget lasts.
+
+    Safe to use from many threads; the least recently used tile goes first.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget = budget_bytes
+        self._kept: OrderedDict[int, tuple[Tile, np.ndarray]] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+        self._reading: dict[int, threading.Lock] = {}
+
+    def rows(self, tile: Tile, y0: int, y1: int) -> np.ndarray:
+        """Rows ``y0:y1`` of a tile; a view where the whole tile is kept."""
+        size = 4 * tile.channels * tile.shape[0] * tile.shape[1]
+        if size > self._budget // 2:
+            return tile.read_rows(y0, y1)
+        with self._lock:
+            gate = self._reading.setdefault(id(tile), threading.Lock())
+        with gate:
+            with self._lock:
+                if id(tile) in self._kept:
+                    self._kept.move_to_end(id(tile))
+                    return self._kept[id(tile)][1][:, y0:y1]
+            if self._size + size > self._budget and (y1 - y0) * 2 < tile.shape[0]:
+                return tile.read_rows(y0, y1)
+            data = tile.read_rows(0, tile.shape[0])
+            with self._lock:
+                self._kept[id(tile)] = (tile, data)
+                self._size += size
+                while self._size > self._budget and len(self._kept) > 1:
+                    _, (_, old) = self._kept.popitem(last=False)
+                    self._size -= old.nbytes
+            return data[:, y0:y1]
+
+
+def place_tiles(tiles: Sequence[Tile], grid: OutputGrid) -> list[PlacedTile | None]:
+    """Certified coordinate mesh of every tile; None for tiles that lie outside the output.
+
+    Call it from one thread: astropy's WCS objects are not safe to share.
+    """
+    placed = []
+    for tile in tiles:
+        mesh = coordinate_mesh(tile, grid)
+        placed.append(None if mesh is None else PlacedTile(tile, mesh))
+    return placed
+
+
+def survey_tile(tile: Tile, store: PixelStore) -> TileSurvey:
+    """Read a tile once, in strips, and see what its pixels are like."""
+    height, width = tile.shape
+    rows, columns = -(-height // WEIGHT_CELL), -(-width // WEIGHT_CELL)
+    valid = np.zeros((rows, columns), bool)
+    differences: list[np.ndarray] = []
+    pixels, low, high = 0, np.inf, -np.inf
+    for y0 in range(0, height, SURVEY_ROWS):
+        strip = store.rows(tile, y0, min(y0 + SURVEY_ROWS, height))
+        good = np.isfinite(strip[0])
+        count = int(np.count_nonzero(good))
+        pixels += count
+        if not count:
+            continue
+        low = min(low, float(np.fmin.reduce(strip, axis=None)))
+        high = max(high, float(np.fmax.reduce(strip, axis=None)))
+        edges = np.arange(0, good.shape[0], WEIGHT_CELL), np.arange(0, width, WEIGHT_CELL)
+        some = np.logical_or.reduceat(np.logical_or.reduceat(good, edges[0], axis=0), edges[1], axis=1)
+        valid[y0 // WEIGHT_CELL : y0 // WEIGHT_CELL + some.shape[0]] = some
+        line = strip[:, :: max(height // 128, 1)]
+        differences.append((line[..., 1:-1] - 0.5 * (line[..., :-2] + line[..., 2:])).reshape(tile.channels, -1))
+    noise = np.zeros(tile.channels)
+    if differences:
+        # variance of the difference: (1 + 1/4 + 1/4) sigma^2
+        noise = 1.4826 * np.nanmedian(np.abs(np.concatenate(differences, axis=1)), axis=1) / np.sqrt(1.5)
+    return TileSurvey(valid, np.nan_to_num(noise.astype(float)), pixels, float(high - low) if pixels else 0.0)
+
+
+def weighted(
+    placed: PlacedTile,
+    survey: TileSurvey | None,
+    weight: float,
+    feather: float,
+    radial: np.ndarray | None = None,
+) -> PlacedTile:
+    """The tile with its weight, its feather, and a weight map where its data do not reach its edge.
+
+    The edge of the array is feathered exactly by the pixel functions; the map does the same for an edge of the data
+    within the array. Holes smaller than a cell get no feather.
+    """
+    weight_map = None
+    if survey is not None and feather > 0 and not survey.valid.all():
+        padded = np.pad(survey.valid, 1, constant_values=True)
+        distance = ndimage.distance_transform_edt(padded)[1:-1, 1:-1] * WEIGHT_CELL
+        # half a cell less: the edge of the data lies somewhere within the outermost cell
+        weight_map = np.clip((distance - WEIGHT_CELL) / feather, 0.0, 1.0).astype(np.float32)
+        weight_map = np.where(survey.valid, np.maximum(weight_map, 0.02), 0.0).astype(np.float32)
+    if radial is not None:
+        weight_map = radial if weight_map is None else weight_map * radial
+    return replace(placed, weight=weight, feather=feather, weight_map=weight_map)

@@ -1,0 +1,270 @@
+"""Errors, folders, atomic files, and the few names that the ZeMosaic GUI imports.
+
+The lowest room of the house: it needs only the standard library and numpy; every other module may import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXCLUDED_DIRS: frozenset[str] = frozenset({"unaligned_by_zemosaic"})
+"""Names of folders whose content is never an input."""
+
+
+class ZeMosaicError(Exception):
+    """Base of every error that is told to the user in one sentence, without a traceback."""
+
+
+class UsageError(ZeMosaicError):
+    """The command, a setting or the input as a whole cannot be used (exit status 2)."""
+
+
+class RunError(ZeMosaicError):
+    """The run failed on its way: a full disk, an unwritable output (exit status 1)."""
+
+
+class Cancelled(ZeMosaicError):
+    """The user stopped the run (exit status 130)."""
+
+
+class UnusableFile(ZeMosaicError):
+    """One input file cannot be used: it is set aside, and the run goes on.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    reason : str
+        Why, in words that follow the file's name ("is empty").
+    """
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path.name}: {self.reason}"
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def get_app_base_dir() -> Path:
+    """Return the folder that holds the program (in a frozen build, the folder of its bundled files)."""
+    if getattr(sys, "frozen", False):
+        return Path(getattr(sys, "_MEIPASS", Path(sys.executable).parent)).resolve()
+    return Path(__file__).resolve().parent
+
+
+def get_user_config_dir() -> Path:
+    """Return the folder of the user's configuration, ``~/ZeMosaic``; it need not exist."""
+    return Path.home() / "ZeMosaic"
+
+
+def ensure_user_config_dir() -> Path:
+    """Return `get_user_config_dir`, made if it was missing."""
+    folder = get_user_config_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def get_runtime_temp_dir() -> Path:
+    """Return a folder for temporary files, the user's own, made if it was missing."""
+    # on a machine with several users the system's folder is shared, and one user cannot write in another's
+    owner = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
+    folder = Path(tempfile.gettempdir()) / f"zemosaic{owner}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def is_path_excluded(path: Path | str, excluded_dirs: Iterable[str] | None = None) -> bool:
+    """Tell whether any part of `path` bears the name of an excluded folder (in any case).
+
+    Parameters
+    ----------
+    path : Path or str
+        A file or a folder; it need not exist.
+    excluded_dirs : iterable of str, optional
+        Names of folders; default `EXCLUDED_DIRS`.
+    """
+    names = EXCLUDED_DIRS if excluded_dirs is None else excluded_dirs
+    return not {str(name).casefold() for name in names}.isdisjoint(p.casefold() for p in Path(path).parts)
+
+
+# --------------------------------------------------------------------------------------------- radial weights
+
+
+def make_radial_weight_map(
+    height: int,
+    width: int,
+    feather_fraction: float = 0.8,
+    shape_power: float = 2.0,
+    min_weight_floor: float = 0.05,
+    progress_callback: Callable[..., object] | None = None,
+) -> np.ndarray:
+    """Make a map of weights that falls from the centre of an image to its corners.
+
+    ``w = cos(pi/2 * min(r / R, 1)) ** shape_power``, where r is the distance from the image's centre and R is
+    `feather_fraction` times the distance of a corner; nowhere below `min_weight_floor`.
+
+    Parameters
+    ----------
+    height, width : int
+        Size in pixels, at least 1.
+    feather_fraction : float
+        Where the fall-off ends, as a fraction of the half diagonal, above 0.
+    shape_power : float
+        Steepness of the fall-off, above 0.
+    min_weight_floor : float
+        Smallest weight, 0 to 1. With 0, pixels beyond R have weight 0, that is, no data.
+    progress_callback : callable, optional
+        Accepted for the callers' sake; the map is made at once and there is no progress to tell.
+
+    Returns
+    -------
+    ndarray, float32, (height, width)
+        Weights from 0 to 1; 1 at the centre.
+
+    Raises
+    ------
+    ValueError
+        A size or a parameter is out of its range.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"a weight map of {height} x {width} pixels cannot be made")
+    if not feather_fraction > 0 or not shape_power > 0 or not 0 <= min_weight_floor <= 1:
+        raise ValueError("feather_fraction and shape_power must be above 0, min_weight_floor from 0 to 1")
+    y = np.arange(height, dtype=np.float32) - np.float32((height - 1) / 2)
+    x = np.arange(width, dtype=np.float32) - np.float32((width - 1) / 2)
+    reach = np.float32(max(feather_fraction * math.hypot(height / 2, width / 2), 1e-6))
+    radius = np.minimum(np.hypot(y[:, None], x[None, :]) / reach, np.float32(1))
+    weight = np.cos(radius * np.float32(np.pi / 2)) ** np.float32(shape_power)
+    centre = weight.max()  # with an even size the centre lies between the pixels
+    return np.clip(weight / centre, min_weight_floor, 1).astype(np.float32, copy=False)
+
+
+# ----------------------------------------------------------------------------------------------- atomic files
+
+
+def _fsync(path: Path, mode: str) -> None:
+    with path.open(mode) as stream:
+        os.fsync(stream.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename durable where the system can; Windows and some network folders cannot."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path | str) -> Iterator[Path]:
+    """Give a temporary path beside `target`; what was written there becomes `target` at the end, or nothing.
+
+    The temporary file is hidden, bears the target's name and the process number, and ends in ``.part``. On
+    success it is synced and renamed over the target; on any exception, Ctrl-C included, it is removed and an
+    older target stays as it was.
+
+    Parameters
+    ----------
+    target : Path or str
+        The final file; its folder must exist.
+
+    Yields
+    ------
+    Path
+        Where to write.
+
+    Raises
+    ------
+    RunError
+        The target cannot be replaced (on Windows: while another program has it open).
+    """
+    target = Path(target)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield part
+        _fsync(part, "r+b")
+        try:
+            part.replace(target)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{target} cannot be replaced ({reason}); close it in other programs.") from error
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            part.unlink(missing_ok=True)
+        raise
+    _fsync_folder(target.parent)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Tell whether an error says that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def not_written(path: Path | str, error: OSError) -> RunError:
+    """Put into one sentence that the system did not let `path` be written, with the remedy."""
+    if is_disk_full(error):
+        return RunError(f"The disk is full: {path} cannot be written; make room or choose another folder.")
+    return RunError(f"{path} cannot be written ({error.strerror or error}); check the folder.")
+
+
+def to_jsonable(value: Any) -> Any:
+    """Turn `value` into what strict JSON can hold: numpy to Python, paths to text, NaN and infinity to None.
+
+    Raises
+    ------
+    TypeError
+        It holds an object of another kind.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        return to_jsonable(value.tolist())
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(to_jsonable(item) for item in value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"an object of type {type(value).__name__} cannot be written as JSON")
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write `obj` (see `to_jsonable`) as indented UTF-8 JSON, complete or not at all.
+
+    Raises
+    ------
+    RunError
+        The file cannot be written.
+    TypeError
+        `obj` holds what JSON cannot.
+    """
+    text = json.dumps(to_jsonable(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        with atomic_path(path) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise not_written(path, error) from error
