@@ -233,9 +233,22 @@ def write_panels(panels: Sequence[Panel], folder: Path, dtype: str = "float32") 
     paths = []
     for k, panel in enumerate(panels):
         header = panel.wcs.to_header(relax=True)
-        header["MT_NFRAMES"] = (1, "frames in this panel")
+        header["HIERARCH MT_NFRAMES"] = (1, "frames in this panel")
         path = folder / f"panel_{k:02d}.fits"
         data = panel.data if dtype == "float32" else np.clip(np.rint(np.nan_to_num(panel.data)), 0, 65535)
         fits.PrimaryHDU(data.astype(dtype), header).writeto(path, overwrite=True)
         paths.append(path)
     return paths
+
+
+def write_demo(folder: Path) -> tuple[Path, Path]:
+    """A 3 x 3 set of panels with different gain, offset and rotation in ``folder/panels``.
+
+    Returns
+    -------
+    input_dir, output_dir : Path
+    """
+    layout = Layout(gain_sigma=0.2, rotation_deg=8.0)
+    sky = make_sky(mosaic_shape(layout), seed=7)
+    write_panels(make_panels(layout, sky, seed=8), folder / "panels")
+    return folder / "panels", folder / "mosaic"

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -270,6 +270,34 @@ def array_tile(
 
 
 # ---------------------------------------------------------------------------------------------- opening files
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A rectangle of another image."""
+
+    rows: _Rows
+    y0: int
+    columns: slice
+
+    def read(self, y0: int, y1: int) -> np.ndarray:
+        return np.ascontiguousarray(self.rows.read(y0 + self.y0, y1 + self.y0)[..., self.columns])
+
+
+def cropped(tile: Tile, percent: float) -> Tile:
+    """The tile without ``percent`` of its height and width on each side; its WCS moves along."""
+    height, width = tile.shape
+    y, x = int(height * percent / 100), int(width * percent / 100)
+    if not (y or x):
+        return tile
+    columns = slice(x, width - x)
+    pixels = replace(
+        tile.pixels,
+        image=_Window(tile.pixels.image, y, columns),
+        alpha=None if tile.pixels.alpha is None else _Window(tile.pixels.alpha, y, columns),
+    )
+    wcs = tile.wcs[y : height - y, columns]
+    return replace(tile, shape=(height - 2 * y, width - 2 * x), wcs=wcs, pixels=pixels)
 
 
 def open_tile(path: Path | str, name: str | None = None, scratch_dir: Path | str | None = None) -> Tile:

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from astropy import units
 from astropy.coordinates import SkyCoord
+from astropy.io import fits
 from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel, proj_plane_pixel_scales
 
@@ -83,6 +85,14 @@ def choose_output_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
     return grid
 
 
+def grid_header(grid: OutputGrid) -> fits.Header:
+    """FITS header of the output WCS, with everything that a plain ``to_header()`` drops (SIP)."""
+    header = grid.wcs.to_header(relax=True)
+    for key in ("DATE-OBS", "MJD-OBS", "MJDREF"):
+        header.remove(key, ignore_missing=True)
+    return header
+
+
 def optimal_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
     """`find_optimal_celestial_wcs` of the tiles, with the wanted scale, orientation and padding."""
     from reproject.mosaicking import find_optimal_celestial_wcs
@@ -90,7 +100,7 @@ def optimal_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
     scale = wanted_scale(tiles, settings)
     wcs, shape = find_optimal_celestial_wcs(
         [(tile.shape, tile.wcs) for tile in tiles],
-        resolution=_degrees(scale),
+        resolution=scale * units.deg,
         auto_rotate=settings.global_wcs_orientation == "as_tiles",
         projection="TAN",
     )
@@ -145,12 +155,6 @@ def too_large(tiles: Sequence[Tile], pixels: float, limit: float) -> str:
         f"{distance[worst]:.1f} degrees from the others; remove it, or set a coarser global_wcs_res_override or a "
         "larger max_output_gigapixels"
     )
-
-
-def _degrees(value: float):
-    from astropy import units
-
-    return value * units.deg
 
 
 def coordinate_mesh(tile: Tile, grid: OutputGrid, tolerance: float = MESH_TOLERANCE) -> CoordinateMesh | None:

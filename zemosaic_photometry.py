@@ -132,6 +132,12 @@ class PhotometricSolution:
         """The additive term of ``y = gain * S + offset``, (K, C), tile units."""
         return self.pivot - self.gain * self.level
 
+    def subset(self, tiles: Sequence[int]) -> PhotometricSolution:
+        """The solution of some of the tiles, for the coadd; pairs and warnings stay those of all."""
+        rows = np.asarray(tiles, dtype=int)
+        names = ("gain", "pivot", "level", "gain_se", "offset_se", "component", "excluded")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
 
 def identity_solution(tiles: int, channels: int) -> PhotometricSolution:
     """The solution that changes nothing."""
@@ -810,10 +816,20 @@ def coverage_scale(coverage, blur):
     return xp.where(seen, scale, one), smooth
 
 
-def coverage_gain(scale: np.ndarray, smooth: np.ndarray, coverage: np.ndarray, footprint: np.ndarray, clip) -> float:
-    """Gain of one tile: median of ``scale`` over its footprint where C > 0 and B >= 2; 1 if too few pixels qualify."""
+def coverage_gain(
+    scale: np.ndarray,
+    smooth: np.ndarray,
+    coverage: np.ndarray,
+    footprint: np.ndarray,
+    clip: tuple[float, float],
+    pixels_per_cell: int = 1,
+) -> float:
+    """Gain of one tile: median of ``scale`` over its footprint where C > 0 and B >= 2; 1 if too few pixels qualify.
+
+    All arrays (h, w); they may be averaged over cells of ``pixels_per_cell`` pixels.
+    """
     use = footprint & (coverage > 0) & (smooth >= 2)
-    if np.count_nonzero(use) < max(64, 1e-3 * np.count_nonzero(footprint)):
+    if np.count_nonzero(use) * pixels_per_cell < max(64, 1e-3 * np.count_nonzero(footprint) * pixels_per_cell):
         return 1.0
     return float(np.clip(np.median(scale[use]), clip[0], clip[1]))
 

@@ -1,0 +1,494 @@
+"""Phases 4 to 6: from tiles to the mosaic on disk, on whichever backend the run has.
+
+`zemosaic_worker` calls the functions of this module in order; each takes what the one before made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.io import fits
+
+from zemosaic_backend import BackendSwitch
+from zemosaic_fits import Tile, cropped
+from zemosaic_grid import OutputGrid, choose_output_grid, grid_header
+from zemosaic_measure import cells_touched, coarse_window, measure_tile, overlap_counts
+from zemosaic_output import MosaicWriter
+from zemosaic_photometry import (
+    PhotometricSolution,
+    PhotometryOptions,
+    black_point,
+    compute_photometric_gains_and_offsets,
+    coverage_gain,
+    coverage_scale,
+    identity_solution,
+    relative_coverage_gains,
+    rgb_balance_gains,
+)
+from zemosaic_preview import PreviewAccumulator, save_png, stretch
+from zemosaic_progress import Reporter
+from zemosaic_reproject import CoaddOptions, Rect, coadd, run_parallel
+from zemosaic_scan import SetAside
+from zemosaic_settings import Settings
+from zemosaic_tiles import WEIGHT_CELL, PixelStore, PlacedTile, TileSurvey, place_tiles, survey_tile, weighted
+from zemosaic_utils import Cancelled, UnusableFile, UsageError, make_radial_weight_map
+
+#: Shares of the memory budget for tiles kept in memory and for the blocks under way.
+STORE_SHARE, BLOCK_SHARE, COARSE_SHARE = 0.35, 0.35, 0.15
+
+
+@dataclass
+class Run:
+    """What all phases of one run share."""
+
+    settings: Settings
+    output_dir: Path
+    reporter: Reporter
+    switch: BackendSwitch
+    jobs: int
+    cancelled: Callable[[], bool] = lambda: False
+    aside: list[SetAside] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise :class:`Cancelled` where the user has stopped the run."""
+        if self.cancelled():
+            raise Cancelled("the run was stopped by the user")
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """One input less, with its named warning."""
+        self.aside.append(SetAside(name, reason))
+        self.reporter.warn("", f"{name} is set aside: {reason}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The tiles on the output grid, their photometric solution, and the pixels' store.
+
+    ``measured`` are the names that the solution's pairs refer to, those of tiles left out included.
+    """
+
+    grid: OutputGrid
+    placed: list[PlacedTile]
+    surveys: list[TileSurvey]
+    store: PixelStore
+    solution: PhotometricSolution
+    measured: list[str]
+
+    @property
+    def channels(self) -> int:
+        return self.placed[0].tile.channels
+
+    @property
+    def frames(self) -> int:
+        """Number of raw frames in all tiles."""
+        return sum(item.tile.n_frames for item in self.placed)
+
+
+# --------------------------------------------------------------------------------------------------------- Phase 4
+
+
+def lay_out(run: Run, tiles: Sequence[Tile]) -> tuple[OutputGrid, list[PlacedTile]]:
+    """Output grid and place of every tile; tiles outside a given output are set aside."""
+    settings, reporter = run.settings, run.reporter
+    reporter.stage("phase4_grid", 0, 2)
+    if settings.apply_master_tile_crop:
+        tiles = [cropped(tile, settings.master_tile_crop_percent) for tile in tiles]
+    grid = choose_output_grid(tiles, settings)
+    reporter.stage("phase4_grid", 1, 2)
+    placed = []
+    for tile, item in zip(tiles, place_tiles(tiles, grid), strict=True):
+        if item is None:
+            run.set_aside(tile.name, "it lies outside the output image")
+        else:
+            placed.append(item)
+    if not placed:
+        raise UsageError("no tile touches the output image: check output_wcs_file")
+    reporter.stage("phase4_grid", 2, 2)
+    crval = [round(float(v), 4) for v in grid.wcs.wcs.crval]
+    reporter.info(
+        "run_info_phase4_finished",
+        f"output grid {grid.shape[1]} x {grid.shape[0]} pixels around {crval}",
+        shape=list(grid.shape),
+        crval=crval,
+    )
+    return grid, placed
+
+
+# --------------------------------------------------------------------------------------------------------- Phase 5
+
+
+def normalise(run: Run, grid: OutputGrid, placed: Sequence[PlacedTile]) -> Scene:
+    """Survey, measure and solve: steps 1 and 2 of Phase 5."""
+    store = PixelStore(int(STORE_SHARE * run.settings.memory_budget))
+    placed, surveys = survey(run, placed, store)
+    placed = [weigh(run.settings, item, facts) for item, facts in zip(placed, surveys, strict=True)]
+    solution = solve(run, grid, placed, surveys, store)
+    if run.settings.tile_weight_mode == "inverse_variance" and run.settings.enable_tile_weighting:
+        placed = weigh_by_variance(placed, surveys, solution)
+    keep = [k for k in range(len(placed)) if not solution.excluded[k]]
+    for k in np.nonzero(solution.excluded)[0]:
+        run.aside.append(SetAside(placed[k].tile.name, "bad_tile: its values do not belong to this sky"))
+    for warning in solution.warnings:
+        run.reporter.warn("", warning)
+    names = [item.tile.name for item in placed]
+    return Scene(grid, [placed[k] for k in keep], [surveys[k] for k in keep], store, solution.subset(keep), names)
+
+
+def survey(run: Run, placed: Sequence[PlacedTile], store: PixelStore) -> tuple[list[PlacedTile], list[TileSurvey]]:
+    """Look at the pixels of every tile; those without any usable pixel are set aside."""
+
+    def look(item: PlacedTile) -> TileSurvey | UnusableFile:
+        try:
+            return survey_tile(item.tile, store)
+        except UnusableFile as error:
+            return error
+
+    found = run_parallel(look, placed, run.jobs, run.cancelled)
+    run.check()
+    seen = [f.spread > 0 for f in found if isinstance(f, TileSurvey) and f.pixels]
+    good: list[tuple[PlacedTile, TileSurvey]] = []
+    for item, facts in zip(placed, found, strict=True):
+        if isinstance(facts, UnusableFile):
+            run.set_aside(item.tile.name, facts.reason)
+        elif not facts.pixels:
+            run.set_aside(item.tile.name, "it holds no valid pixel (all NaN, infinite or masked)")
+        elif facts.spread == 0 and any(seen):
+            run.set_aside(item.tile.name, "all its pixels have the same value: it shows no sky")
+        else:
+            good.append((item, facts))
+    if not good:
+        raise UsageError("no usable tile is left: every input was set aside (see the warnings above)")
+    return [item for item, _ in good], [facts for _, facts in good]
+
+
+def weigh(settings: Settings, item: PlacedTile, facts: TileSurvey) -> PlacedTile:
+    """The tile with its weight, feather and weight map."""
+    height, width = item.tile.shape
+    feather = settings.feather_px
+    if feather is None:
+        feather = min(0.1 * min(height, width), 200.0)
+    weight = 1.0
+    if settings.enable_tile_weighting and settings.tile_weight_mode == "n_frames":
+        weight = float(item.tile.n_frames)
+    radial = None
+    if settings.apply_radial_weight:
+        radial = make_radial_weight_map(
+            -(-height // WEIGHT_CELL),
+            -(-width // WEIGHT_CELL),
+            settings.radial_feather_fraction,
+            settings.radial_shape_power,
+            # weight 0 means "no data": a corner that no other tile covers must not become a hole
+            max(settings.min_radial_weight_floor, 1e-3),
+        )
+    return weighted(item, facts, weight, feather, radial)
+
+
+def weigh_by_variance(
+    placed: Sequence[PlacedTile], surveys: Sequence[TileSurvey], solution: PhotometricSolution
+) -> list[PlacedTile]:
+    """Inverse variance of the normalised noise, mean over the channels; the median tile has weight 1."""
+    noise = np.stack([facts.noise for facts in surveys]) / solution.gain
+    weight = np.mean(1.0 / np.maximum(noise, 1e-6 * np.median(noise) + 1e-30) ** 2, axis=1)
+    weight /= np.median(weight)
+    return [replace(item, weight=float(w)) for item, w in zip(placed, weight, strict=True)]
+
+
+def solve(
+    run: Run, grid: OutputGrid, placed: Sequence[PlacedTile], surveys: Sequence[TileSurvey], store: PixelStore
+) -> PhotometricSolution:
+    """Measure the tiles on the coarse grid (on the run's backend) and solve for gains and offsets (on the CPU)."""
+    settings, reporter = run.settings, run.reporter
+    if not (settings.intertile_photometric_match or settings.match_background_for_final):
+        return identity_solution(len(placed), placed[0].tile.channels)
+    cell = coarse_cell(settings, placed)
+    counts = overlap_counts(placed, grid.shape, cell)
+    reporter.stage("phase5_intertile", 0, len(placed))
+
+    def step(backend: Any) -> list:
+        done = iter(range(1, len(placed) + 1))
+
+        def measure(k: int):
+            coarse = measure_tile(placed[k], surveys[k], counts, cell, store, backend)
+            reporter.stage("phase5_intertile", next(done), len(placed))
+            return coarse
+
+        return run_parallel(measure, range(len(placed)), run.jobs if backend.parallel_blocks else 1, run.cancelled)
+
+    coarse = run.switch.run(step)
+    run.check()
+    solution = compute_photometric_gains_and_offsets(
+        coarse,
+        PhotometryOptions(
+            match_gain=settings.intertile_photometric_match,
+            gain_se_limit=settings.gain_se_limit,
+            reject_bad_tiles=settings.reject_bad_tiles,
+        ),
+    )
+    reporter.info(
+        "assemble_info_intertile_photometric_applied",
+        f"photometric normalisation of {len(placed)} tiles over {len(solution.pairs)} overlaps",
+        num_tiles=len(placed),
+    )
+    return solution
+
+
+def coarse_cell(settings: Settings, placed: Sequence[PlacedTile]) -> int:
+    """Side of the coarse cells, doubled until the coarse tiles fit their share of the memory budget."""
+    cell = settings.photometry_cell_px
+    area = sum((item.rect[1] - item.rect[0]) * (item.rect[3] - item.rect[2]) for item in placed)
+    bytes_per_cell = 4 * (placed[0].tile.channels + 1)
+    while cell < 64 and area * bytes_per_cell / cell**2 > COARSE_SHARE * settings.memory_budget:
+        cell *= 2
+    return cell
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Coverage averaged over cells of ``bin`` squared pixels, float32 (h, w)."""
+
+    mean: np.ndarray
+    bin: int
+
+
+@dataclass(frozen=True)
+class CoaddResult:
+    """What stays in memory of a mosaic that was written: its preview image (C, h, w) and its coarse coverage."""
+
+    preview: np.ndarray
+    coverage: Coverage
+
+
+def coadd_to_disk(
+    run: Run,
+    scene: Scene,
+    solution: PhotometricSolution,
+    image: Path,
+    header: fits.Header,
+    coverage: tuple[Path, fits.Header] | None,
+    adjust: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> CoaddResult:
+    """Step 3 of Phase 5 and the writing of Phase 6, block by block, as one step on one backend.
+
+    Parameters
+    ----------
+    image, header
+        The mosaic's file and its header.
+    coverage : (path, header), optional
+        Where the sum of weights goes.
+    adjust : callable, optional
+        Applied to every finished block (colour balance of the aesthetic mosaic).
+    """
+    settings = run.settings
+    options = CoaddOptions(
+        kernel=settings.kernel,
+        combine=settings.combine_method,
+        kappa_low=settings.kappa_low,
+        kappa_high=settings.kappa_high,
+        winsor_limits=settings.winsor_limits,
+    )
+    shape, channels = scene.grid.shape, scene.channels
+    full_weight = min(item.weight for item in scene.placed)
+    bin_px = max(1, int(settings.two_pass_cov_sigma_px / 8))
+
+    def step(backend: Any) -> CoaddResult:
+        canvas = Canvas(shape, channels, settings.preview_png_max_dim, bin_px, full_weight, adjust)
+        limit = backend.free_bytes(settings.parallel_gpu_vram_fraction)
+        budget = int(BLOCK_SHARE * settings.memory_budget)
+        budget = budget if limit is None else min(limit, 4 * budget)
+        with ExitStack() as stack:
+            canvas.image = stack.enter_context(
+                MosaicWriter(
+                    image,
+                    header,
+                    (channels, *shape) if channels > 1 else shape,
+                    "u2" if settings.save_final_as_uint16 else "f4",
+                    alpha_shape=shape,
+                    interleaved=settings.legacy_rgb_cube,
+                )
+            )
+            if coverage is not None:
+                canvas.coverage = stack.enter_context(MosaicWriter(coverage[0], coverage[1], shape))
+
+            def sink(block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
+                canvas.put(block, values, weights)
+                run.reporter.stage("phase5_reproject", canvas.rows_done, shape[0])
+
+            run.reporter.stage("phase5_reproject", 0, shape[0])
+            if settings.engine == "reproject":
+                from zemosaic_compat import coadd_with_reproject
+
+                coadd_with_reproject(scene.placed, solution, scene.grid, options, scene.store, sink)
+            else:
+                coadd(
+                    scene.placed, solution, shape, options, scene.store, backend, sink, budget, run.jobs, run.cancelled
+                )
+            run.check()
+            run.reporter.stage("phase5_reproject", shape[0], shape[0])
+        return CoaddResult(canvas.preview.image(), canvas.coarse_coverage())
+
+    return run.switch.run(step)
+
+
+class Canvas:
+    """Takes finished blocks from any thread: writes them and keeps the preview and the coarse coverage."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        channels: int,
+        preview_dim: int,
+        bin_px: int,
+        full_weight: float,
+        adjust: Callable[[np.ndarray], np.ndarray] | None,
+    ) -> None:
+        self.image: MosaicWriter | None = None
+        self.coverage: MosaicWriter | None = None
+        self.preview = PreviewAccumulator(shape, channels, preview_dim)
+        self._binned = PreviewAccumulator(shape, 1, -(-max(shape) // bin_px))
+        self._full_weight = full_weight
+        self._adjust = adjust
+        self._pixels_done = 0
+        self._width = shape[1]
+
+    @property
+    def rows_done(self) -> int:
+        return self._pixels_done // self._width
+
+    def put(self, block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
+        """One finished block: values (C, h, w) with NaN for "no data", weights (h, w)."""
+        if self._adjust is not None:
+            values = self._adjust(values)
+        y0, x0 = block[0], block[2]
+        self.preview.add(y0, x0, values)
+        self._binned.add(y0, x0, weights[None])
+        if self.image is not None:
+            self.image.write_block(y0, x0, values if len(values) > 1 else values[0])
+            self.image.write_alpha(y0, x0, alpha_of(weights, self._full_weight))
+        if self.coverage is not None:
+            self.coverage.write_block(y0, x0, weights)
+        self._pixels_done += weights.size
+
+    def coarse_coverage(self) -> Coverage:
+        return Coverage(self._binned.image()[0], self._binned.factor)
+
+
+def alpha_of(weights: np.ndarray, full_weight: float) -> np.ndarray:
+    """ALPHA (uint8): 0 where nothing was seen, 255 where one whole tile was, at least 1 in between."""
+    alpha = np.clip(weights * np.float32(255.0 / full_weight), 1, 255).astype(np.uint8)
+    alpha[weights == 0] = 0
+    return alpha
+
+
+# ----------------------------------------------------------------------------------------- the aesthetic mosaic
+
+
+@dataclass(frozen=True)
+class Aesthetics:
+    """Factors of the aesthetic mosaic: per tile from the coverage, per channel from the balance, and the black point."""
+
+    coverage_gain: np.ndarray
+    rgb_gain: np.ndarray
+    black: float
+
+
+def wants_aesthetic(settings: Settings) -> bool:
+    """Whether any step that changes flux for the eye's sake is on."""
+    return (
+        settings.two_pass_coverage_renorm
+        or settings.final_mosaic_rgb_equalize_enabled
+        or settings.final_mosaic_black_point_equalize_enabled
+    )
+
+
+def aesthetic_factors(run: Run, scene: Scene, science: CoaddResult) -> Aesthetics:
+    """Steps 4 and 5 of Phase 5, from what the first pass left in memory; the same for both backends."""
+    settings = run.settings
+    gains = np.ones(len(scene.placed))
+    if settings.two_pass_coverage_renorm:
+        gains = coverage_gains(scene, science.coverage, settings)
+    image = science.preview
+    rgb = np.ones(scene.channels)
+    if settings.final_mosaic_rgb_equalize_enabled and scene.channels > 1:
+        sky = np.array([np.nanpercentile(plane, 30) for plane in image])
+        rgb = rgb_balance_gains(sky, settings.final_mosaic_rgb_equalize_gain_clip)
+    black = 0.0
+    if settings.final_mosaic_black_point_equalize_enabled:
+        black = black_point(image * rgb[:, None, None], settings.final_mosaic_black_point_percentile)
+    return Aesthetics(gains, rgb, black)
+
+
+def coverage_gains(scene: Scene, coverage: Coverage, settings: Settings) -> np.ndarray:
+    """Relative gain of every tile from the coverage of the first pass (cells instead of pixels, sigma to match)."""
+    from scipy.ndimage import gaussian_filter
+
+    sigma = settings.two_pass_cov_sigma_px / coverage.bin
+    mean = np.nan_to_num(coverage.mean)
+    scale, smooth = coverage_scale(mean, lambda image: gaussian_filter(image, sigma))
+    gains = []
+    for item in scene.placed:
+        cy0, cy1, cx0, cx1 = coarse_window(item.rect, coverage.bin)
+        window = np.s_[cy0:cy1, cx0:cx1]
+        gains.append(
+            coverage_gain(
+                scale[window],
+                smooth[window],
+                mean[window],
+                cells_touched(item, coverage.bin).astype(bool),
+                settings.two_pass_cov_gain_clip,
+                pixels_per_cell=coverage.bin**2,
+            )
+        )
+    return relative_coverage_gains(np.array(gains))
+
+
+def aesthetic_solution(solution: PhotometricSolution, factors: Aesthetics) -> PhotometricSolution:
+    """The solution with every tile's flux multiplied by its coverage gain, about the mosaic's zero."""
+    gain = factors.coverage_gain[:, None]
+    return replace(solution, gain=solution.gain / gain, level=solution.level * gain)
+
+
+def colour_adjustment(factors: Aesthetics) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns a science block (C, h, w) into an aesthetic one."""
+    gain = factors.rgb_gain.astype(np.float32)[:, None, None]
+    black = np.float32(factors.black)
+    return lambda values: values * gain - black
+
+
+# --------------------------------------------------------------------------------------------------------- Phase 6
+
+
+def output_paths(folder: Path, tiles: int, frames: int) -> dict[str, Path]:
+    """Final names of all outputs."""
+    stem = f"zemosaic_MT{tiles}_R{frames}"
+    return {
+        "science": folder / f"{stem}_science.fits",
+        "aesthetic": folder / f"{stem}_aesthetic.fits",
+        "coverage": folder / f"{stem}_coverage.fits",
+        "preview": folder / f"{stem}_preview.png",
+        "report": folder / "run_report.json",
+    }
+
+
+def product_header(scene: Scene, product: str, history: Sequence[str], version: str) -> fits.Header:
+    """Header of an output: WCS, how many tiles and frames, and HISTORY."""
+    header = grid_header(scene.grid)
+    header["ZMPROD"] = (product, "product of the mosaic worker")
+    header["CREATOR"] = (f"zemosaic-worker {version}", "program that made this file")
+    header["NTILES"] = (len(scene.placed), "number of tiles")
+    header["NCOMBINE"] = (scene.frames, "number of raw frames in the tiles")
+    for line in history:
+        header["HISTORY"] = line
+    return header
+
+
+def save_preview(run: Run, image: np.ndarray, path: Path) -> None:
+    """Auto-stretched PNG of the mosaic."""
+    settings = run.settings
+    save_png(
+        stretch(image, settings.preview_png_p_low, settings.preview_png_p_high, settings.preview_png_asinh_a), path
+    )
