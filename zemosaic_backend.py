@@ -56,7 +56,7 @@ class CpuBackend:
         return np.zeros(shape, dtype)
 
     def resample(self, source, part, values, weights, add: bool) -> None:
-        """Resample one tile into a block; ``part`` is a `zemosaic_reproject.Part`, see `zemosaic_kernels.deposit`."""
+        """Resample one tile into a block; ``part`` is a `zemosaic_reproject.Part`, see `zemosaic_kernels.resample_rect`."""
         from zemosaic_kernels import resample_rows
 
         resample_rows(

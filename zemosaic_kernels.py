@@ -227,87 +227,41 @@ def lanczos_or_nan(source, channel, origin, shape, y, x):
     return lanczos_value(source, channel, j - origin[0], i - origin[1], lanczos_weights(y - j), lanczos_weights(x - i))
 
 
-@register_jitable(inline="always")
-def deposit(
-    source,
-    origin,
-    shape,
-    method,
-    alpha,
-    weight_map,
-    spacing,
-    mapped,
-    feather,
-    scale,
-    y,
-    x,
-    values,
-    weights,
-    at,
-    add,
-):
-    """Resample one pixel and add it to the sums (``add``) or store it as a layer of its own.
+@register_jitable
+def resample_rect(
+    source, origin, shape, method, alpha, weight_map, spacing, feather, scale, mesh, block, rect, values, weights, add
+):  # fmt: skip
+    """Resample one tile into the output rectangle ``rect`` = (y0, y1, x0, x1) of a block.
 
-    ``values`` is (C, h, w) and ``weights`` (h, w); a pixel without data leaves them untouched. Lanczos-3 gives way
-    to bilinear where its support is cut.
-    """
-    if not near(y, x, shape[0], shape[1]):
-        return
-    y = quantise(y)
-    x = quantise(x)
-    if not inside(y, x, shape[0], shape[1]):
-        return
-    corners = bilinear_corners(shape[0], shape[1], origin, y, x)
-    weight = scale * edge_weight(feather, shape[0], shape[1], y, x)
-    if mapped:
-        weight = weight * map_weight(alpha, weight_map, spacing, y, x, corners)
-    if not weight > 0.0:
-        return
-    seen = False
-    for channel in range(source.shape[0]):
-        value = bilinear_value(source, channel, corners)
-        if value == value:
-            seen = True
-            if method == LANCZOS3:
-                sharp = lanczos_or_nan(source, channel, origin, shape, y, x)
-                if sharp == sharp:
-                    value = sharp
-            if add:
-                value = np.float64(values[channel, at[0], at[1]]) + weight * value
-            values[channel, at[0], at[1]] = np.float32(value)
-    if seen:
-        if add:
-            weight = np.float64(weights[at[0], at[1]]) + weight
-        weights[at[0], at[1]] = np.float32(weight)
+    One function from the coordinates to the sums, and no call with arrays for each pixel: numba would count
+    references there, which costs more than the pixel.
 
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def resample_rows(
-    source,
-    origin,
-    shape,
-    method,
-    alpha,
-    weight_map,
-    spacing,
-    feather,
-    scale,
-    mesh,
-    block,
-    rect,
-    values,
-    weights,
-    add,
-):
-    """CPU loop over the output rectangle ``rect`` = (y0, y1, x0, x1); see :func:`deposit`.
-
-    ``mesh`` = (nodes, y, x, step); ``block`` = (y, x) of ``values[:, 0, 0]``.
+    Parameters
+    ----------
+    source : float32 (C, h, w)
+        The part of the tile in memory, its first pixel at ``origin`` = (y, x); NaN in all channels is "no data".
+    shape : (int, int)
+        (H, W) of the whole tile.
+    method : int
+        :data:`BILINEAR` or :data:`LANCZOS3`; Lanczos-3 gives way to bilinear where its support is cut.
+    alpha : float32 (1, h, w), or of size 1 for none
+    weight_map : float32, or of size 1 for none
+        Coarse weights, cell centres ``spacing`` pixels apart.
+    feather, scale : float
+        Width of the ramp at the tile's edge (pixels); factor on all weights.
+    mesh : (nodes, y, x, step)
+        See `zemosaic_grid.CoordinateMesh`.
+    values, weights : float32 (C, H', W'), (H', W')
+        The block, its first pixel at ``block`` = (y, x): sums of weight times value and of weights (``add``), or a
+        layer of values and weights. A pixel without data is left untouched.
     """
     nodes, mesh_y, mesh_x, step = mesh
+    height, width = shape
     mapped = alpha.size > 1 or weight_map.size > 1
     for y in range(rect[0], rect[1]):
         row = (y - mesh_y) // step
         wy = cubic_weights((y - mesh_y - row * step) / step)
+        j = y - block[0]
         for cell in range((rect[2] - mesh_x) // step, (rect[3] - 1 - mesh_x) // step + 1):
             # all pixels of one mesh cell on this row share the four column positions
             if step > 1:
@@ -322,10 +276,36 @@ def resample_rows(
                 else:
                     ty = nodes[1, row, cell]
                     tx = nodes[0, row, cell]
-                deposit(
-                    source, origin, shape, method, alpha, weight_map, spacing, mapped, feather, scale,
-                    ty, tx, values, weights, (y - block[0], x - block[1]), add,
-                )  # fmt: skip
+                if not near(ty, tx, height, width):
+                    continue
+                ty = quantise(ty)
+                tx = quantise(tx)
+                if not inside(ty, tx, height, width):
+                    continue
+                corners = bilinear_corners(height, width, origin, ty, tx)
+                weight = scale * edge_weight(feather, height, width, ty, tx)
+                if mapped:
+                    weight = weight * map_weight(alpha, weight_map, spacing, ty, tx, corners)
+                first = bilinear_value(source, 0, corners)
+                if not (weight > 0.0 and first == first):
+                    continue
+                i = x - block[1]
+                for channel in range(source.shape[0]):
+                    value = bilinear_value(source, channel, corners)
+                    if method == LANCZOS3:
+                        sharp = lanczos_or_nan(source, channel, origin, shape, ty, tx)
+                        if sharp == sharp:
+                            value = sharp
+                    if add:
+                        value = np.float64(values[channel, j, i]) + weight * value
+                    values[channel, j, i] = np.float32(value)
+                if add:
+                    weight = np.float64(weights[j, i]) + weight
+                weights[j, i] = np.float32(weight)
+
+
+#: The CPU loop.
+resample_rows = njit(nogil=True, cache=True, error_model="numpy")(resample_rect)
 
 
 @register_jitable
@@ -483,40 +463,78 @@ def clip_range(values, n, y, x, channel, kappa_low, kappa_high):
 
 
 @register_jitable
+def combine_sorted(values, weights, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high):
+    """Combined value of ``n`` > 0 sorted samples of one channel of one pixel."""
+    lowest = np.float64(values[0, channel, y, x])
+    highest = np.float64(values[n - 1, channel, y, x])
+    if method == MINIMUM:
+        return lowest
+    if method == MAXIMUM:
+        return highest
+    if method == MEDIAN:
+        return quantile(values, n, y, x, channel, 0.5)
+    start = 0
+    stop = n
+    low = lowest
+    high = highest
+    if method == SIGMA_CLIP:
+        start, stop = clip_range(values, n, y, x, channel, kappa_low, kappa_high)
+    elif method == WINSORIZED:
+        low = quantile(values, n, y, x, channel, trim_low)
+        high = quantile(values, n, y, x, channel, 1.0 - trim_high)
+    return weighted_mean(values, weights, start, stop, y, x, channel, low, high)
+
+
+@register_jitable
+def sum_of_weights(weights, y, x, channel):
+    """Sum of the weights of all layers, in their order."""
+    total = 0.0
+    for k in range(weights.shape[0]):
+        if weights[k, channel, y, x] > 0.0:
+            total += np.float64(weights[k, channel, y, x])
+    return total
+
+
+@register_jitable
+def extreme_weight(values, weights, n, y, x, channel, method):
+    """Weight of the smallest or largest of ``n`` sorted samples; of equal ones, that of the first layer."""
+    k = 0
+    if method == MAXIMUM:
+        k = n - 1
+        while k > 0 and values[k - 1, channel, y, x] == values[k, channel, y, x]:
+            k -= 1
+    return np.float64(weights[k, channel, y, x])
+
+
+@register_jitable
 def combine_pixel(values, weights, y, x, method, kappa_low, kappa_high, trim_low, trim_high, out):
-    """Combine the layers of one pixel, channel by channel, into ``out`` (C, h, w); NaN where there is no data."""
+    """Combine the layers of one pixel, channel by channel, into ``out`` (C, h, w); NaN where there is no data.
+
+    Where ``out`` has a plane more, it gets the weight: the sum over the layers, or, where one sample is taken (first,
+    last, minimum, maximum), that of the sample taken in the first channel.
+    """
     for channel in range(values.shape[1]):
+        result = np.nan
+        weight = 0.0
         if method == FIRST or method == LAST:
-            result = np.nan
             for k in range(values.shape[0]):
                 if weights[k, channel, y, x] > 0.0:
                     result = np.float64(values[k, channel, y, x])
+                    weight = np.float64(weights[k, channel, y, x])
                     if method == FIRST:
                         break
-            out[channel, y, x] = np.float32(result)
-            continue
-        n = sort_layers(values, weights, y, x, channel)
-        if n == 0:
-            out[channel, y, x] = np.float32(np.nan)
-            continue
-        lowest = np.float64(values[0, channel, y, x])
-        highest = np.float64(values[n - 1, channel, y, x])
-        if method == MINIMUM:
-            result = lowest
-        elif method == MAXIMUM:
-            result = highest
-        elif method == MEDIAN:
-            result = quantile(values, n, y, x, channel, 0.5)
-        elif method == SIGMA_CLIP:
-            start, stop = clip_range(values, n, y, x, channel, kappa_low, kappa_high)
-            result = weighted_mean(values, weights, start, stop, y, x, channel, lowest, highest)
-        elif method == WINSORIZED:
-            low = quantile(values, n, y, x, channel, trim_low)
-            high = quantile(values, n, y, x, channel, 1.0 - trim_high)
-            result = weighted_mean(values, weights, 0, n, y, x, channel, low, high)
         else:
-            result = weighted_mean(values, weights, 0, n, y, x, channel, lowest, highest)
+            weight = sum_of_weights(weights, y, x, channel)
+            n = sort_layers(values, weights, y, x, channel)
+            if n > 0:
+                result = combine_sorted(
+                    values, weights, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high
+                )
+                if method == MINIMUM or method == MAXIMUM:
+                    weight = extreme_weight(values, weights, n, y, x, channel, method)
         out[channel, y, x] = np.float32(result)
+        if channel == 0 and out.shape[0] > values.shape[1]:
+            out[values.shape[1], y, x] = np.float32(weight)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -550,11 +568,9 @@ def cuda_kernels(cuda):
         y = rect[0] + j
         x = rect[2] + i
         if y < rect[1] and x < rect[3]:
-            ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
-            mapped = alpha.size > 1 or weight_map.size > 1
-            deposit(
-                source, origin, shape, method, alpha, weight_map, spacing, mapped, feather, scale,
-                ty, tx, values, weights, (y - block[0], x - block[1]), add,
+            resample_rect(
+                source, origin, shape, method, alpha, weight_map, spacing, feather, scale,
+                (nodes, mesh_y, mesh_x, step), block, (y, y + 1, x, x + 1), values, weights, add,
             )  # fmt: skip
 
     @cuda.jit(fastmath=False)

@@ -32,79 +32,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import ndimage, sparse
+from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import splu
 
-#: Relative error of a cell's brightness that noise does not explain: sampling of stars, flat fields, colour terms.
-STRUCTURE_ERROR = 0.005
+from zemosaic_pairs import CoarseTile, PairRelation, in_units, measure_pairs
+
+#: Pixels that :func:`apply_photometric_normalization` works on at a time.
+NORMALISED_AT_ONCE = 1 << 17
 #: Floor under the standard error of one pair's log ratio, for what its own scatter cannot know.
 LOG_RATIO_FLOOR = 3e-4
 #: Standard deviation of the prior on a tile's log gain: a factor of 20 either way, felt only where nothing else is.
 LOG_GAIN_PRIOR = 3.0
-#: A pair whose log ratio is known worse than this has too little structure: it is no gain edge.
-MAX_PAIR_SE = 0.25
 #: Gains beyond this factor from their component's mean are not believed.
 SANE_GAIN = 100.0
-#: Fewest common cells for an overlap to count.
-MIN_CELLS = 12
-#: Most cells of one pair that enter its fit.
-MAX_CELLS = 8000
-#: Tuning constant of Tukey's biweight for 95 % efficiency on Gaussian residuals.
-TUKEY = 4.685
-#: Kernel that smooths the cells before a gain is fitted (binomial, along each axis), and the number of cells that it
-#: correlates with one another.
-BINOMIAL = np.array([1.0, 4.0, 6.0, 4.0, 1.0]) / 16.0
-CORRELATED_CELLS = 1.0 / float(np.sum(BINOMIAL**2)) ** 2
 
-
-@dataclass(frozen=True)
-class CoarseTile:
-    """One tile on the common coarse grid.
-
-    Attributes
-    ----------
-    name : str
-    corner : (int, int)
-        Row and column of ``means[:, 0, 0]`` on the coarse grid of the mosaic.
-    means : ndarray
-        float32 (C, h, w), tile units; NaN where the cell was not measured.
-    fraction : ndarray
-        float32 (h, w) in 0..1: the part of the cell that holds data.
-    noise : ndarray
-        float64 (C,), standard deviation of one cell's mean, tile units.
-    pixel_noise : ndarray
-        float64 (C,), standard deviation of one of the tile's pixels.
-    sky : ndarray
-        float64 (C,), the tile's own sky level: the pivot.
-    """
-
-    name: str
-    corner: tuple[int, int]
-    means: np.ndarray
-    fraction: np.ndarray
-    noise: np.ndarray
-    pixel_noise: np.ndarray
-    sky: np.ndarray
-
-
-@dataclass(frozen=True)
-class PairRelation:
-    """What the overlap of tiles ``i`` and ``j`` says, per channel.
-
-    ``log_ratio`` = ln(g_i / g_j), with its standard error (inf where the overlap has too little structure);
-    ``scatter`` is the robust scatter of the cells about the fit in units of what the pixel noise explains;
-    ``samples`` the number of cells used. ``step_before`` is the median difference of the tiles as they came, in units
-    of one tile's pixel noise.
-    """
-
-    i: int
-    j: int
-    log_ratio: np.ndarray
-    log_ratio_se: np.ndarray
-    scatter: np.ndarray
-    samples: int
-    step_before: np.ndarray
+#: Gain, pivot and level of one tile, each a tuple of C floats.
+Normalisation = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -113,7 +57,7 @@ class PhotometricSolution:
 
     ``gain_se`` is the standard error of ln gain (inf: undetermined), ``offset_se`` of the level in mosaic units.
     ``component`` numbers the connected groups of overlapping tiles, ``excluded`` marks tiles left out of the mosaic.
-    ``step_after`` is :attr:`PairRelation.step_before` once normalised, one row a pair.
+    ``step_after`` (P, C) is :attr:`PairRelation.step_before` once normalised.
     """
 
     gain: np.ndarray
@@ -131,6 +75,10 @@ class PhotometricSolution:
     def offset(self) -> np.ndarray:
         """The additive term of ``y = gain * S + offset``, (K, C), tile units."""
         return self.pivot - self.gain * self.level
+
+    def row(self, tile: int) -> Normalisation:
+        """What :func:`apply_photometric_normalization` takes for one tile."""
+        return tuple(tuple(map(float, values[tile])) for values in (self.gain, self.pivot, self.level))
 
     def subset(self, tiles: Sequence[int]) -> PhotometricSolution:
         """The solution of some of the tiles, for the coadd; pairs and warnings stay those of all."""
@@ -169,299 +117,15 @@ def apply_photometric_normalization(data, gain, pivot, level):
         Same namespace, dtype, shape and device as ``data``.
     """
     xp = data.__array_namespace__()
-    planes = [(data[c, ...] - float(pivot[c])) * (1.0 / float(gain[c])) + float(level[c]) for c in range(data.shape[0])]
-    return xp.stack(planes)
-
-
-# ------------------------------------------------------------------------------------------------- pair relations
-
-
-def overlap_windows(a: CoarseTile, b: CoarseTile) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
-    """Slices of the common cells in ``a`` and in ``b``; None where their rectangles do not meet."""
-    slices = []
-    for axis in (0, 1):
-        low = max(a.corner[axis], b.corner[axis])
-        high = min(
-            a.corner[axis] + a.fraction.shape[axis],
-            b.corner[axis] + b.fraction.shape[axis],
-        )
-        if low >= high:
-            return None
-        slices.append([slice(low - t.corner[axis], high - t.corner[axis]) for t in (a, b)])
-    return (slices[0][0], slices[1][0]), (slices[0][1], slices[1][1])
-
-
-def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
-    """Means of both tiles (C, h, w) over their common rectangle and the mask (h, w) of cells that both fill."""
-    windows = overlap_windows(a, b)
-    if windows is None:
-        return None
-    (ya, xa), (yb, xb) = windows
-    both = (a.fraction[ya, xa] >= fraction) & (b.fraction[yb, xb] >= fraction)
-    if np.count_nonzero(both) < MIN_CELLS:
-        return None
-    return a.means[:, ya, xa], b.means[:, yb, xb], both
-
-
-def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:
-    """Measure the overlap of two tiles; None where they have no common cells.
-
-    The gain is first fitted with a free constant alone. What else may differ between the tiles, a plane (gradients)
-    and the seeing, costs precision; it is fitted along, in all channels alike, only where the residuals ask for it.
-    """
-    a, b = tiles[i], tiles[j]
-    common = common_cells(a, b)
-    if common is None:
-        return None
-    means_a, means_b, both = common
-    overlap = [
-        Overlap.of(means_a[c] - a.sky[c], means_b[c] - b.sky[c], both, a.noise[c], b.noise[c])
-        for c in range(len(means_a))
-    ]
-    fits = fit_ratios(overlap, ())
-    extra = significant_nuisance(overlap, fits)
-    if extra:
-        fits = fit_ratios(overlap, extra)
-    if "seeing" in extra:
-        overlap = same_seeing(overlap, fits)
-        fits = fit_ratios(overlap, [name for name in extra if name != "seeing"])
-    difference = np.array([np.median((x - y)[both]) for x, y in zip(means_a, means_b, strict=True)])
-    sigma = np.sqrt((a.pixel_noise**2 + b.pixel_noise**2) / 2)
-    return PairRelation(
-        i,
-        j,
-        log_ratio=np.array([-np.log(f.ratio) for f in fits]),
-        log_ratio_se=np.array([f.error for f in fits]),
-        scatter=np.array([f.scatter for f in fits]),
-        samples=int(np.count_nonzero(both)),
-        step_before=_ratio(difference, sigma),
-    )
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Structure of both tiles in one channel of an overlap, smoothed, and the variance of a smoothed cell."""
-
-    x: np.ndarray
-    y: np.ndarray
-    valid: np.ndarray
-    vx: float
-    vy: float
-
-    @classmethod
-    def of(cls, a: np.ndarray, b: np.ndarray, valid: np.ndarray, noise_a: float, noise_b: float) -> Overlap:
-        """Smooth both with a binomial kernel, so that no star is cut by a cell's edge.
-
-        Both are smoothed with the same mask, normalised: at the edge of the overlap the kernel is cut for both alike.
-        """
-        support = np.where(valid, _smooth(valid.astype(float)), 1.0)
-        x, y = (_smooth(np.where(valid, t, 0.0).astype(float)) / support for t in (a, b))
-        whole = valid
-        thin = int(np.ceil(np.count_nonzero(valid) / MAX_CELLS))
-        if thin > 1:
-            whole = np.zeros_like(valid)
-            whole[::thin] = valid[::thin]
-        factor = float(np.sum(BINOMIAL**2)) ** 2
-        return cls(x, y, whole, max(noise_a**2 * factor, 1e-30), max(noise_b**2 * factor, 1e-30))
-
-    def nuisance(self, names: Sequence[str], ratio: float) -> np.ndarray:
-        """Columns (n, cells): always a constant; ``plane``: two slopes; ``seeing``: the Laplacian of the common
-        structure, to first order what a different seeing does to it (the heat equation)."""
-        rows, columns = np.nonzero(self.valid)
-        out = [np.ones(len(rows))]
-        if "plane" in names:
-            out += [rows / self.valid.shape[0] - 0.5, columns / self.valid.shape[1] - 0.5]
-        if "seeing" in names:
-            out.append(self.laplacian(ratio)[self.valid])
-        return np.stack(out)
-
-    def laplacian(self, ratio: float) -> np.ndarray:
-        """Laplacian (h, w) of the mean structure of both tiles."""
-        return ndimage.laplace(0.5 * (self.x + self.y / ratio), mode="nearest")
-
-
-def _smooth(image: np.ndarray) -> np.ndarray:
-    return ndimage.convolve1d(
-        ndimage.convolve1d(image, BINOMIAL, axis=0, mode="constant"), BINOMIAL, axis=1, mode="constant"
-    )
-
-
-@dataclass(frozen=True)
-class RatioFit:
-    """Slope g_b / g_a of an overlap, standard error of its logarithm (inf: too little structure), robust scatter in
-    units of the noise; per cell the residual in units of the noise and the weight; the coefficient of the last
-    nuisance column."""
-
-    ratio: float = 1.0
-    error: float = np.inf
-    scatter: float = np.nan
-    residual: np.ndarray | None = None
-    weight: np.ndarray | None = None
-    last: float = 0.0
-
-
-@dataclass(frozen=True)
-class DemingFit:
-    """``y = ratio x + coefficients @ nuisance``: residual of y and structure in units of x, over all cells."""
-
-    ratio: float
-    residual: np.ndarray
-    structure: np.ndarray
-    coefficients: np.ndarray
-
-
-def fit_ratios(overlap: Sequence[Overlap], extra: Sequence[str]) -> list[RatioFit]:
-    """Errors-in-variables (Deming) fit of the structure of two tiles with known noise ratio, one slope a channel.
-
-    Iteratively reweighted with Tukey's biweight on the residuals in units of the noise and of
-    :data:`STRUCTURE_ERROR`, against moved, saturated or variable sources. All channels share the weights: a star that
-    is doubted in one channel is doubted in all, or the channels would be tied to different stars, a colour error.
-    """
-    valid = overlap[0].valid
-    x, y = ([getattr(o, axis)[valid] for o in overlap] for axis in "xy")
-    ratio = [initial_ratio(u, v, o.vx, o.vy) if len(u) >= MIN_CELLS else None for u, v, o in zip(x, y, overlap)]
-    if None in ratio:
-        return [RatioFit() for _ in overlap]
-    weight = np.ones(len(x[0]))
-    for _ in range(15):
-        previous, fits = ratio, []
-        for o, u, v, r in zip(overlap, x, y, ratio, strict=True):
-            fits.append(deming(u, v, o.nuisance(extra, r), weight, o.vx, o.vy))
-        if None in fits:
-            return [RatioFit() for _ in overlap]
-        ratio = [fit.ratio for fit in fits]
-        expected = np.array([np.sqrt(o.vy + r * r * o.vx) for o, r in zip(overlap, ratio, strict=True)])
-        scatter = np.array([1.4826 * np.median(np.abs(fit.residual)) for fit in fits]) / expected
-        residual = np.mean([(fit.residual / e) ** 2 for fit, e in zip(fits, expected, strict=True)], axis=0)
-        bright = np.mean(
-            [(STRUCTURE_ERROR * f.ratio * f.structure / e) ** 2 for f, e in zip(fits, expected, strict=True)],
-            axis=0,
-        )
-        variance = max(1.0, float(np.mean(scatter**2))) + bright
-        u2 = residual / variance / TUKEY**2
-        weight = np.where(u2 < 1, (1 - u2) ** 2, 0.0) / variance
-        if max(abs(r / p - 1) for r, p in zip(ratio, previous, strict=True)) < 1e-6:
-            break
-    return [_rated(*each, weight) for each in zip(overlap, fits, expected, scatter, strict=True)]
-
-
-def _rated(overlap: Overlap, fit: DemingFit, expected: float, scatter: float, weight: np.ndarray) -> RatioFit:
-    """The fit with the standard error of its log ratio (sandwich estimate, correlated neighbours included)."""
-    noise_part = overlap.vx * overlap.vy / expected**2
-    information = float(np.sum(weight * (fit.structure**2 - noise_part)))
-    if information <= 0:
-        return RatioFit()
-    error = clustered_deviation(weight * fit.residual * fit.structure, overlap.valid) / information / fit.ratio
-    return RatioFit(
-        fit.ratio,
-        error if error < MAX_PAIR_SE else np.inf,
-        max(1.0, float(scatter)),
-        fit.residual / expected,
-        weight,
-        float(fit.coefficients[-1]),
-    )
-
-
-def same_seeing(overlap: Sequence[Overlap], fits: Sequence[RatioFit]) -> list[Overlap]:
-    """Bring both tiles to the seeing between theirs, which all channels together determine.
-
-    The difference of the squared widths is a property of the two exposures: with one value for all channels it cannot
-    trade against the gain of one of them, which would be a colour error.
-    """
-    values, weights = [], []
-    for o, fit in zip(overlap, fits, strict=True):
-        if fit.residual is not None:
-            laplacian = o.laplacian(fit.ratio)[o.valid]
-            values.append(fit.last / fit.ratio)
-            weights.append(float(np.sum(fit.weight * laplacian**2)) / (o.vx + o.vy / fit.ratio**2))
-    delta = float(np.average(values, weights=weights))
-    out = []
-    for o, fit in zip(overlap, fits, strict=True):
-        change = 0.5 * delta * o.laplacian(fit.ratio)
-        out.append(replace(o, x=o.x + change, y=o.y - fit.ratio * change))
+    out = xp.empty_like(data)
+    # pieces that stay in a processor's cache; for a GPU they are still large
+    rows = data.shape[1] if data.ndim > 1 else 1
+    step = max(1, NORMALISED_AT_ONCE * rows // max(data.size // data.shape[0], 1))
+    for c in range(data.shape[0]):
+        for row in range(0, rows, step):
+            piece = (c, slice(row, row + step), ...) if data.ndim > 1 else (c,)
+            out[piece] = (data[piece] - float(pivot[c])) * (1.0 / float(gain[c])) + float(level[c])
     return out
-
-
-def clustered_deviation(influence: np.ndarray, valid: np.ndarray) -> float:
-    """Standard deviation of the sum of influences whose neighbours are correlated (smoothing, debayering).
-
-    The sum of products over all pairs of cells less than five cells apart, tapered (Newey & West 1987) so that it
-    cannot be negative.
-    """
-    image = np.zeros(valid.shape)
-    image[valid] = influence
-    taper = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0]) / 5.0
-    near = ndimage.convolve1d(image, taper, axis=0, mode="constant")
-    near = ndimage.convolve1d(near, taper, axis=1, mode="constant")
-    return float(np.sqrt(max(np.sum(image * near), np.sum(influence**2))))
-
-
-def significant_nuisance(overlap: Sequence[Overlap], fits: Sequence[RatioFit]) -> tuple[str, ...]:
-    """Which of ``plane`` and ``seeing`` the residuals of the plain fits show, all channels together.
-
-    The improvement of chi square by a column of pure noise is about 1, times the cells that smoothing correlates.
-    """
-    names = []
-    for name in ("plane", "seeing"):
-        gain, used = 0.0, 0
-        for o, fit in zip(overlap, fits, strict=True):
-            if fit.residual is None:
-                continue
-            root = np.sqrt(fit.weight)
-            columns = (o.nuisance((name,), fit.ratio) * root).T
-            columns[:, 1:] -= (
-                columns[:, :1] @ (columns[:, :1].T @ columns[:, 1:]) / max(float(columns[:, 0] @ columns[:, 0]), 1e-300)
-            )
-            basis = np.linalg.qr(columns[:, 1:])[0]
-            gain += float(np.sum((basis.T @ (root * fit.residual)) ** 2))
-            used += basis.shape[1]
-        if used and gain > CORRELATED_CELLS * (used + 5 * np.sqrt(2 * used)):
-            names.append(name)
-    return tuple(names)
-
-
-def initial_ratio(x: np.ndarray, y: np.ndarray, vx: float, vy: float) -> float | None:
-    """Robust first guess of the slope of y on x; None where the two share no structure beyond their noise.
-
-    The correlation of n independent pairs of pure noise has a standard deviation of 1 / sqrt(n); smoothing leaves one
-    cell in seven independent.
-    """
-    x, y = x - np.median(x), y - np.median(y)
-    x, y = (np.clip(t, -limit, limit) for t in (x, y) for limit in [float(np.quantile(np.abs(t), 0.995))])
-    sxx, syy, sxy = np.mean(x * x), np.mean(y * y), np.mean(x * y)
-    if sxy <= 5 * np.sqrt(sxx * syy / (len(x) / CORRELATED_CELLS)):
-        return None
-    return _deming_slope(sxx, syy, sxy, vy / vx)
-
-
-def _deming_slope(sxx: float, syy: float, sxy: float, noise_ratio: float) -> float:
-    """Maximum-likelihood slope for errors on both axes; Deming (1943), Statistical Adjustment of Data, ch. 11."""
-    d = syy - noise_ratio * sxx
-    return float((d + np.sqrt(d * d + 4 * noise_ratio * sxy * sxy)) / (2 * sxy))
-
-
-def deming(
-    x: np.ndarray, y: np.ndarray, nuisance: np.ndarray, weight: np.ndarray, vx: float, vy: float
-) -> DemingFit | None:
-    """One weighted Deming fit of ``y = ratio x + nuisance``; None where there is no slope."""
-    root = np.sqrt(weight)
-    solve = np.linalg.pinv((nuisance * root).T)
-    along_x, along_y = solve @ (root * x), solve @ (root * y)
-    x = x - along_x @ nuisance
-    y = y - along_y @ nuisance
-    sxy = float(weight @ (x * y))
-    if sxy <= 0:
-        return None
-    ratio = _deming_slope(float(weight @ (x * x)), float(weight @ (y * y)), sxy, vy / vx)
-    residual = y - ratio * x
-    # best estimate of the true structure: inverse-variance mean of both tiles
-    structure = x + ratio * vx / (vy + ratio**2 * vx) * residual
-    return DemingFit(ratio, residual, structure, along_y - ratio * along_x)
-
-
-def _ratio(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """value / scale, 0 where both vanish."""
-    return np.divide(value, scale, out=np.zeros_like(value, dtype=float), where=scale > 0)
 
 
 # ------------------------------------------------------------------------------------------------------- solving
@@ -522,23 +186,6 @@ def compute_photometric_gains_and_offsets(
     return replace(solution, warnings=(*notes, *solution.warnings))
 
 
-def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None) -> list[PairRelation]:
-    """Relations of all overlapping pairs, in the order of the tiles."""
-    use = [k for k in range(len(tiles)) if excluded is None or not excluded[k]]
-    boxes = np.array([[*t.corner, t.corner[0] + t.fraction.shape[0], t.corner[1] + t.fraction.shape[1]] for t in tiles])
-    relations = []
-    for position, i in enumerate(use):
-        rest = np.array(use[position + 1 :], dtype=int)
-        if not rest.size:
-            break
-        meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
-        for j in rest[meets]:
-            relation = pair_relation(tiles, i, int(j))
-            if relation is not None:
-                relations.append(relation)
-    return relations
-
-
 def absurd_levels(tiles: Sequence[CoarseTile]) -> np.ndarray:
     """Tiles whose sky lies further from the others' than a thousand times what the others are."""
     if len(tiles) < 3:
@@ -578,7 +225,7 @@ def _solve(
     gain, gain_se, notes = np.ones((count, channels)), np.full((count, channels), np.inf), []
     if options.match_gain:
         gain, gain_se, notes = solve_gains(tiles, pairs, excluded, options.gain_se_limit)
-    level, offset_se, steps = solve_offsets(tiles, pairs, gain, component)
+    level, offset_se = solve_offsets(pairs, gain, component)
     level = set_gauge(level, pivot, component, excluded)
     return PhotometricSolution(
         gain=gain,
@@ -589,7 +236,7 @@ def _solve(
         component=component,
         excluded=excluded,
         pairs=tuple(pairs),
-        step_after=steps(level),
+        step_after=overlap_steps(tiles, pairs, gain, level),
         warnings=(*notes, *component_notes(tiles, component, excluded)),
     )
 
@@ -727,55 +374,30 @@ def solve_differences(
     return x, scale * spread * np.sqrt(np.maximum(variance, 0.0))
 
 
-def solve_offsets(tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], gain: np.ndarray, component: np.ndarray):
-    """Levels (K, C) that make the normalised tiles agree in their overlaps, their errors, and the residual steps.
-
-    Returns (level, standard_error, steps); ``steps(level)`` gives the median difference of each pair after
-    normalisation in units of one normalised tile's pixel noise, (P, C).
-    """
-    count, channels = gain.shape
-    difference = np.zeros((len(pairs), channels))
-    error = np.ones((len(pairs), channels))
-    median = np.zeros((len(pairs), channels))
-    sigma = np.ones((len(pairs), channels))
-    for n, pair in enumerate(pairs):
-        a, b = tiles[pair.i], tiles[pair.j]
-        means_a, means_b, both = common_cells(a, b)
-        for c in range(channels):
-            ga, gb = gain[pair.i, c], gain[pair.j, c]
-            x, y = (means_a[c][both] - a.sky[c]) / ga, (means_b[c][both] - b.sky[c]) / gb
-            noise = np.hypot(a.noise[c] / ga, b.noise[c] / gb)
-            difference[n, c], error[n, c] = robust_difference(x, y, noise)
-            median[n, c] = np.median(x - y)
-            sigma[n, c] = np.sqrt(((a.pixel_noise[c] / ga) ** 2 + (b.pixel_noise[c] / gb) ** 2) / 2)
-    level, level_se = np.zeros((count, channels)), np.zeros((count, channels))
+def solve_offsets(
+    pairs: Sequence[PairRelation], gain: np.ndarray, component: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Levels (K, C) that make the normalised tiles agree in their overlaps, and their standard errors."""
     i, j = [p.i for p in pairs], [p.j for p in pairs]
-    for c in range(channels):
-        # x_i + level_i = x_j + level_j, hence level_i - level_j = -(x_i - x_j)
-        level[:, c], level_se[:, c] = solve_differences(count, i, j, -difference[:, c], error[:, c], component)
+    level, level_se = np.zeros(gain.shape), np.zeros(gain.shape)
+    for c in range(gain.shape[1]):
+        # mean_i / g_i + level_i = mean_j / g_j + level_j
+        difference = np.array([p.mean_j[c] / gain[p.j, c] - p.mean_i[c] / gain[p.i, c] for p in pairs])
+        error = np.array([p.mean_se[c] / gain[p.i, c] for p in pairs])
+        level[:, c], level_se[:, c] = solve_differences(len(gain), i, j, difference, error, component)
+    return level, level_se
 
-    def steps(final: np.ndarray) -> np.ndarray:
-        return _ratio(median + final[i] - final[j], sigma) if len(pairs) else np.zeros((0, channels))
 
-    return level, level_se, steps
-
-
-def robust_difference(x: np.ndarray, y: np.ndarray, noise: float) -> tuple[float, float]:
-    """Location of ``x - y`` and its standard error; bright cells, whose gain error speaks, count for less."""
-    noise = max(noise, 1e-12 * max(1.0, float(np.max(np.abs(x)))), 1e-30)
-    structure = 0.5 * (x + y)
-    sigma = np.hypot(noise, STRUCTURE_ERROR * (structure - np.median(structure)))
-    d = x - y
-    centre = float(np.median(d))
-    for _ in range(10):
-        spread = max(1.0, 1.4826 * float(np.median(np.abs(d - centre) / sigma)))
-        u = (d - centre) / (TUKEY * spread * sigma)
-        weight = np.where(np.abs(u) < 1, (1 - u * u) ** 2, 0.0) / sigma**2
-        previous, centre = centre, float(np.sum(weight * d) / np.sum(weight))
-        if abs(centre - previous) < 1e-6 * noise:
-            break
-    error = float(np.sqrt(np.sum((weight * (d - centre)) ** 2)) / np.sum(weight))
-    return centre, max(error, 1e-3 * noise)
+def overlap_steps(
+    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], gain: np.ndarray, level: np.ndarray
+) -> np.ndarray:
+    """Difference (P, C) of the sky of each pair's tiles, normalised, in units of one normalised tile's pixel noise."""
+    noise = np.stack([t.pixel_noise for t in tiles]) / gain
+    steps = np.zeros((len(pairs), gain.shape[1]))
+    for n, p in enumerate(pairs):
+        sigma = np.sqrt((noise[p.i] ** 2 + noise[p.j] ** 2) / 2)
+        steps[n] = in_units(p.mean_i / gain[p.i] + level[p.i] - p.mean_j / gain[p.j] - level[p.j], sigma)
+    return steps
 
 
 def set_gauge(level: np.ndarray, pivot: np.ndarray, component: np.ndarray, excluded: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from zemosaic_fits import Tile
 from zemosaic_grid import CoordinateMesh, OutputGrid, coordinate_mesh
+from zemosaic_photometry import Normalisation, apply_photometric_normalization
 
 Rect = tuple[int, int, int, int]
 
@@ -72,33 +73,58 @@ class PixelStore:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._kept: OrderedDict[int, tuple[Tile, np.ndarray]] = OrderedDict()
+        self._kept: OrderedDict[tuple, tuple[Tile, np.ndarray]] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
         self._reading: dict[int, threading.Lock] = {}
 
-    def rows(self, tile: Tile, y0: int, y1: int) -> np.ndarray:
-        """Rows ``y0:y1`` of a tile; a view where the whole tile is kept."""
+    def rows(self, tile: Tile, y0: int, y1: int, normalisation: Normalisation | None = None) -> np.ndarray:
+        """Rows ``y0:y1`` of a tile, as they are or normalised; a view (not to be written) where the tile is kept."""
         size = 4 * tile.channels * tile.shape[0] * tile.shape[1]
         if size > self._budget // 2:
-            return tile.read_rows(y0, y1)
+            return _normalised(tile.read_rows(y0, y1), normalisation)
         with self._lock:
             gate = self._reading.setdefault(id(tile), threading.Lock())
         with gate:
-            with self._lock:
-                if id(tile) in self._kept:
-                    self._kept.move_to_end(id(tile))
-                    return self._kept[id(tile)][1][:, y0:y1]
-            if self._size + size > self._budget and (y1 - y0) * 2 < tile.shape[0]:
-                return tile.read_rows(y0, y1)
-            data = tile.read_rows(0, tile.shape[0])
-            with self._lock:
-                self._kept[id(tile)] = (tile, data)
-                self._size += size
-                while self._size > self._budget and len(self._kept) > 1:
-                    _, (_, old) = self._kept.popitem(last=False)
-                    self._size -= old.nbytes
+            data = self._find(tile, normalisation)
+            if data is None:
+                raw = self._take(tile) if normalisation else None
+                crowded = self._size + size > self._budget
+                if raw is None and crowded and (y1 - y0) * 2 < tile.shape[0]:
+                    return _normalised(tile.read_rows(y0, y1), normalisation)
+                raw = tile.read_rows(0, tile.shape[0]) if raw is None else raw
+                data = _normalised(raw, normalisation)
+                self._keep(tile, normalisation, data)
             return data[:, y0:y1]
+
+    def _find(self, tile: Tile, normalisation: Normalisation | None) -> np.ndarray | None:
+        with self._lock:
+            key = (id(tile), normalisation)
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][1]
+
+    def _take(self, tile: Tile) -> np.ndarray | None:
+        """The tile's pixels as they are, which are not needed again once they are normalised."""
+        with self._lock:
+            entry = self._kept.pop((id(tile), None), None)
+            if entry is None:
+                return None
+            self._size -= entry[1].nbytes
+            return entry[1]
+
+    def _keep(self, tile: Tile, normalisation: Normalisation | None, data: np.ndarray) -> None:
+        with self._lock:
+            self._kept[id(tile), normalisation] = (tile, data)
+            self._size += data.nbytes
+            while self._size > self._budget and len(self._kept) > 1:
+                _, (_, old) = self._kept.popitem(last=False)
+                self._size -= old.nbytes
+
+
+def _normalised(data: np.ndarray, normalisation: Normalisation | None) -> np.ndarray:
+    return data if normalisation is None else apply_photometric_normalization(data, *normalisation)
 
 
 def place_tiles(tiles: Sequence[Tile], grid: OutputGrid) -> list[PlacedTile | None]:

@@ -128,8 +128,7 @@ def coverage_regions(scene: Scene) -> np.ndarray:
     bits = np.zeros(scene.grid.shape, np.int64)
     for k, item in enumerate(scene.placed):
         y0, y1, x0, x1 = item.rect
-        single = replace(item.tile, channels=1) if item.tile.channels == 1 else item.tile
-        covered = mosaic(scene, None, [replace(item, tile=single)])[1][y0:y1, x0:x1] > 0
+        covered = mosaic(scene, None, [item])[1][y0:y1, x0:x1] > 0
         bits[y0:y1, x0:x1] |= covered.astype(np.int64) << k
     sets, region, size = np.unique(bits, return_inverse=True, return_counts=True)
     number = np.where((sets != 0) & (size >= MIN_PIXELS), np.arange(len(sets)), -1)

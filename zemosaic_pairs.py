@@ -1,0 +1,476 @@
+"""What the overlap of two tiles says about their gains: errors-in-variables fits of one tile on the other.
+
+Both tiles are means over the same coarse cells (:class:`CoarseTile`), so both axes are noisy and the noise is known.
+The fit is Deming's, robust, on the structure that remains after a constant. What else may differ between two
+exposures of one sky is fitted along: a displacement and the width and shape of the stars (shared by all channels, so
+that it cannot trade against one channel's gain, a colour error), and a plane where the residuals ask for it.
+docs/photometry.md derives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+#: Relative errors of a cell's brightness that noise does not explain (flat fields, colour terms, the stars' wings):
+#: what is assumed at first, and from what :func:`structure_error` chooses.
+STRUCTURE_ERROR = 0.005
+STRUCTURE_ERRORS = np.geomspace(0.001, 0.064, 13)
+#: The same where the sky is compared: stars count for less still.
+SKY_STRUCTURE_ERROR = 0.03
+#: A pair whose log ratio is known worse than this has too little structure: it is no gain edge.
+MAX_PAIR_SE = 0.25
+#: Fewest common cells for an overlap to count.
+MIN_CELLS = 12
+#: Most cells of one pair that enter its fit.
+MAX_CELLS = 8000
+#: Tuning constant of Tukey's biweight for 95 % efficiency on Gaussian residuals.
+TUKEY = 4.685
+#: Kernel that smooths the cells before a gain is fitted (binomial, along each axis), the factor by which it lowers the
+#: variance of noise, and the number of cells that it correlates with one another.
+BINOMIAL = np.array([1.0, 2.0, 1.0]) / 4.0
+SMOOTHED_VARIANCE = float(np.sum(BINOMIAL**2)) ** 2
+CORRELATED_CELLS = 1.0 / SMOOTHED_VARIANCE
+#: First and second derivative along one axis, exact for polynomials of the fourth degree.
+FIRST = np.array([1.0, -8.0, 0.0, 8.0, -1.0]) / 12.0
+SECOND = np.array([-1.0, 16.0, -30.0, 16.0, -1.0]) / 12.0
+#: Expected sizes of the distortions of :func:`distortions`, in cells to the power of their order.
+EXPECTED_DISTORTION = np.array([0.1, 0.1, 0.2, 0.2, 0.1, 0.05])
+
+
+@dataclass(frozen=True)
+class CoarseTile:
+    """One tile on the common coarse grid.
+
+    Attributes
+    ----------
+    name : str
+    corner : (int, int)
+        Row and column of ``means[:, 0, 0]`` on the coarse grid of the mosaic.
+    means : ndarray
+        float32 (C, h, w), tile units; NaN where the cell was not measured.
+    fraction : ndarray
+        float32 (h, w) in 0..1: the part of the cell that holds data.
+    noise : ndarray
+        float64 (C,), standard deviation of one cell's mean, tile units.
+    pixel_noise : ndarray
+        float64 (C,), standard deviation of one of the tile's pixels.
+    sky : ndarray
+        float64 (C,), the tile's own sky level: the pivot.
+    """
+
+    name: str
+    corner: tuple[int, int]
+    means: np.ndarray
+    fraction: np.ndarray
+    noise: np.ndarray
+    pixel_noise: np.ndarray
+    sky: np.ndarray
+
+
+@dataclass(frozen=True)
+class PairRelation:
+    """What the overlap of tiles ``i`` and ``j`` says, per channel.
+
+    ``log_ratio`` = ln(g_i / g_j), with its standard error (inf where the overlap has too little structure);
+    ``scatter`` is the robust scatter of the cells about the fit in units of what the pixel noise explains;
+    ``samples`` the number of common cells. ``mean_i`` and ``mean_j`` are means over the same cells, those without stars
+    weighing most, less each tile's own sky; ``mean_se`` is the standard error of ``mean_i - mean_j`` in units of tile i.
+    ``step_before`` is the difference of the sky of the tiles as they came, in units of one tile's pixel noise.
+    """
+
+    i: int
+    j: int
+    log_ratio: np.ndarray
+    log_ratio_se: np.ndarray
+    scatter: np.ndarray
+    samples: int
+    mean_i: np.ndarray
+    mean_j: np.ndarray
+    mean_se: np.ndarray
+    step_before: np.ndarray
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Structure of both tiles in an overlap, (C, h, w), smoothed, and the variance (C,) of a smoothed cell.
+
+    ``used`` (h, w) marks the cells that enter the fit.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    used: np.ndarray
+    vx: np.ndarray
+    vy: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``y = ratio x + const`` after everything else, per channel.
+
+    ``ratio`` (C,) is g_b / g_a, ``error`` its relative standard error (inf: too little structure), ``scatter`` the
+    robust scatter in units of the noise; ``x`` and ``y`` (C, n) are the cells with the distortions taken out,
+    ``residual`` that of y / ratio - x, and ``weight`` (n,) belongs to the cells.
+    """
+
+    ratio: np.ndarray
+    error: np.ndarray
+    scatter: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    residual: np.ndarray
+    weight: np.ndarray
+    relative: float = STRUCTURE_ERROR
+
+
+# ---------------------------------------------------------------------------------------------------- common cells
+
+
+def overlap_windows(a: CoarseTile, b: CoarseTile) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
+    """Slices of the common cells in ``a`` and in ``b``; None where their rectangles do not meet."""
+    slices = []
+    for axis in (0, 1):
+        low = max(a.corner[axis], b.corner[axis])
+        high = min(a.corner[axis] + a.fraction.shape[axis], b.corner[axis] + b.fraction.shape[axis])
+        if low >= high:
+            return None
+        slices.append([slice(low - t.corner[axis], high - t.corner[axis]) for t in (a, b)])
+    return (slices[0][0], slices[1][0]), (slices[0][1], slices[1][1])
+
+
+def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
+    """Means of both tiles (C, h, w) over their common rectangle and the mask (h, w) of cells that both fill."""
+    windows = overlap_windows(a, b)
+    if windows is None:
+        return None
+    (ya, xa), (yb, xb) = windows
+    both = (a.fraction[ya, xa] >= fraction) & (b.fraction[yb, xb] >= fraction)
+    if np.count_nonzero(both) < MIN_CELLS:
+        return None
+    return a.means[:, ya, xa], b.means[:, yb, xb], both
+
+
+def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None) -> list[PairRelation]:
+    """Relations of all overlapping pairs, in the order of the tiles."""
+    use = [k for k in range(len(tiles)) if excluded is None or not excluded[k]]
+    boxes = np.array([[*t.corner, t.corner[0] + t.fraction.shape[0], t.corner[1] + t.fraction.shape[1]] for t in tiles])
+    relations = []
+    for position, i in enumerate(use):
+        rest = np.array(use[position + 1 :], dtype=int)
+        if not rest.size:
+            break
+        meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
+        for j in rest[meets]:
+            relation = pair_relation(tiles, i, int(j))
+            if relation is not None:
+                relations.append(relation)
+    return relations
+
+
+def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:
+    """Measure the overlap of two tiles; None where they have no common cells."""
+    a, b = tiles[i], tiles[j]
+    common = common_cells(a, b)
+    if common is None:
+        return None
+    means_a, means_b, both = common
+    overlap = make_overlap(a, b, means_a, means_b, both)
+    fit = fit_overlap(overlap)
+    mean_i, mean_j, mean_se = sky_means(overlap, fit)
+    return PairRelation(
+        i,
+        j,
+        log_ratio=-np.log(fit.ratio),
+        log_ratio_se=fit.error,
+        scatter=fit.scatter,
+        samples=int(np.count_nonzero(both)),
+        mean_i=mean_i,
+        mean_j=mean_j,
+        mean_se=mean_se,
+        step_before=in_units(
+            mean_i + a.sky - mean_j - b.sky, np.sqrt((np.square(a.pixel_noise) + np.square(b.pixel_noise)) / 2)
+        ),
+    )
+
+
+def make_overlap(
+    a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.ndarray, both: np.ndarray
+) -> Overlap:
+    """Smooth both tiles alike, so that no star is cut by a cell's edge.
+
+    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. The outermost
+    cells lend their neighbours a derivative and do not enter the fit themselves, where there are enough without them.
+    """
+    support = _along(both.astype(float), BINOMIAL)
+    support[support == 0] = 1.0
+    x, y = (
+        _along(np.where(both, means - tile.sky[:, None, None], 0.0).astype(float), BINOMIAL) / support
+        for means, tile in ((means_a, a), (means_b, b))
+    )
+    inner = ndimage.binary_erosion(both, np.ones((3, 3), bool))
+    used = inner if np.count_nonzero(inner) >= max(0.5 * np.count_nonzero(both), MIN_CELLS) else both
+    thin = int(np.ceil(np.count_nonzero(used) / MAX_CELLS))
+    if thin > 1:
+        every = np.zeros_like(used)
+        every[::thin] = used[::thin]
+        used = every
+    vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
+    return Overlap(x, y, used, vx, vy)
+
+
+def _along(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Correlate with a kernel along the last two axes, zeros beyond the edge."""
+    for axis in (-2, -1):
+        image = ndimage.correlate1d(image, kernel, axis=axis, mode="constant")
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------- fitting
+
+
+def fit_overlap(overlap: Overlap) -> Fit:
+    """Ratio of the structures of two tiles, one a channel; of infinite error where they share none beyond their noise."""
+    x, y = overlap.x[:, overlap.used], overlap.y[:, overlap.used]
+    nothing = without_structure(overlap, x, y)
+    ratio = initial_ratios(x, y, overlap.vx, overlap.vy)
+    if ratio is None:
+        return nothing
+    basis, columns, relative = np.ones((1, x.shape[1])), None, STRUCTURE_ERROR
+    for _ in range(3):
+        fit = fit_ratios(overlap, x, y, basis, ratio, columns, relative)
+        if fit is None:
+            return nothing
+        if columns is not None:
+            relative = fit.relative
+        ratio, columns = fit.ratio, distortions(overlap, fit.ratio)
+    if needs_plane(overlap, fit):
+        basis = np.concatenate([basis, plane_columns(overlap.used)])
+        fit = fit_ratios(overlap, x, y, basis, ratio, columns, relative)
+    return fit or nothing
+
+
+def structure_error(residual: np.ndarray, structure: np.ndarray, scatter: np.ndarray) -> float:
+    """The relative error of the structure that the residuals themselves speak for, all (C, n) in units of the noise.
+
+    The likeliest of :data:`STRUCTURE_ERRORS` for residuals that follow a multivariate t distribution of 4 degrees of
+    freedom, which outliers do not disturb.
+    """
+    channels = len(residual)
+    u2, s2 = np.sum(residual**2, axis=0), np.mean(structure**2, axis=0)
+    own = max(1.0, float(np.mean(scatter**2)))
+    costs = []
+    for relative in STRUCTURE_ERRORS:
+        variance = own + relative**2 * s2
+        costs.append(np.sum(channels * np.log(variance) + (4 + channels) * np.log1p(u2 / (4 * variance))))
+    return float(STRUCTURE_ERRORS[int(np.argmin(costs))])
+
+
+def without_structure(overlap: Overlap, x: np.ndarray, y: np.ndarray) -> Fit:
+    """What is known of an overlap that tells no ratio."""
+    one = np.ones(len(x))
+    return Fit(one, one * np.inf, one * np.nan, x, y, y - x, np.ones(x.shape[1]))
+
+
+def initial_ratios(x: np.ndarray, y: np.ndarray, vx: np.ndarray, vy: np.ndarray) -> np.ndarray | None:
+    """Robust first guess of the slopes (C,) of y on x (C, n); None where they share no structure in some channel.
+
+    The correlation of n independent pairs of pure noise has a standard deviation of 1 / sqrt(n).
+    """
+    if x.shape[1] < MIN_CELLS:
+        return None
+    x, y = (t - np.median(t, axis=1, keepdims=True) for t in (x, y))
+    limits = [np.quantile(np.abs(t), 0.995, axis=1, keepdims=True) for t in (x, y)]
+    x, y = (np.clip(t, -limit, limit) for t, limit in zip((x, y), limits, strict=True))
+    sxx, syy, sxy = (np.mean(product, axis=1) for product in (x * x, y * y, x * y))
+    if (sxy <= 5 * np.sqrt(sxx * syy * CORRELATED_CELLS / x.shape[1])).any():
+        return None
+    return deming_slope(sxx, syy, sxy, vy / vx)
+
+
+def deming_slope(sxx: np.ndarray, syy: np.ndarray, sxy: np.ndarray, noise_ratio: np.ndarray) -> np.ndarray:
+    """Maximum-likelihood slope for errors on both axes; Deming (1943), Statistical Adjustment of Data, ch. 11."""
+    d = syy - noise_ratio * sxx
+    return (d + np.sqrt(d * d + 4 * noise_ratio * sxy * sxy)) / (2 * sxy)
+
+
+def distortions(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
+    """What a displacement and another width of the stars do to the common structure: columns (K, C, n).
+
+    The terms of the Taylor series of a convolution: both first derivatives, the three second ones (width, elongation)
+    and the Laplacian twice (the wings). The common structure is the inverse-variance mean of both tiles: its noise is
+    independent of that of their difference.
+    """
+    share = _share_of_x(overlap, ratio)[:, None, None]
+    common = share * overlap.x + (1 - share) * overlap.y / ratio[:, None, None]
+    dy, dx = derivative(common, FIRST, -2), derivative(common, FIRST, -1)
+    dyy, dxx = derivative(common, SECOND, -2), derivative(common, SECOND, -1)
+    dxy = derivative(dy, FIRST, -1)
+    wings = derivative(dyy + dxx, SECOND, -2) + derivative(dyy + dxx, SECOND, -1)
+    return np.stack([t[:, overlap.used] for t in (dy, dx, dyy, dxx, dxy, wings)])
+
+
+def derivative(image: np.ndarray, stencil: np.ndarray, axis: int) -> np.ndarray:
+    """Derivative along an axis, in units of cells."""
+    return ndimage.correlate1d(image, stencil, axis=axis, mode="nearest")
+
+
+def _share_of_x(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
+    """Weight (C,) of x in the inverse-variance mean of x and y / ratio."""
+    return overlap.vy / (overlap.vy + ratio**2 * overlap.vx)
+
+
+def fit_ratios(
+    overlap: Overlap,
+    x: np.ndarray,
+    y: np.ndarray,
+    basis: np.ndarray,
+    ratio: np.ndarray,
+    columns: np.ndarray | None,
+    relative: float,
+) -> Fit | None:
+    """Errors-in-variables (Deming) fit with known noise ratio; None where a channel has no slope.
+
+    Iteratively reweighted with Tukey's biweight on the residuals in units of the noise and of
+    :data:`STRUCTURE_ERROR`, against moved, saturated or variable sources. All channels share the weights: a star that
+    is doubted in one channel is doubted in all, or the channels would be tied to different stars, a colour error.
+
+    Parameters
+    ----------
+    x, y : ndarray (C, n)
+    basis : ndarray (m, n)
+        What may be added to any channel of any tile: a constant, perhaps a plane.
+    ratio : ndarray (C,)
+        First guess.
+    columns : ndarray (K, C, n) or None
+        Distortions whose coefficients all channels share.
+    """
+    weight = np.ones(x.shape[1])
+    if columns is None:
+        columns = np.zeros((0, *x.shape))
+    theta = np.zeros(len(columns))
+    for _ in range(20):
+        previous = ratio
+        half = 0.5 * np.tensordot(theta, columns, 1)
+        same_x, same_y = x + half, y - ratio[:, None] * half
+        px, py = without(same_x, basis, weight), without(same_y, basis, weight)
+        sxy = (px * py) @ weight
+        if (sxy <= 0).any():
+            return None
+        ratio = deming_slope((px * px) @ weight, (py * py) @ weight, sxy, overlap.vy / overlap.vx)
+        residual = py / ratio[:, None] - px
+        structure = px + (1 - _share_of_x(overlap, ratio))[:, None] * residual
+        sigma = np.sqrt(overlap.vx + overlap.vy / ratio**2)
+        scatter = 1.4826 * np.median(np.abs(residual), axis=1) / sigma
+        weight = shared_weights(residual / sigma[:, None], structure / sigma[:, None], scatter, relative)
+        design = design_matrix(structure, columns, basis, weight)
+        normal = np.einsum("kcn,lcn,cn->kl", design, design, weight / sigma[:, None] ** 2, optimize=True)
+        normal += np.diag(np.append(np.zeros(len(x)), CORRELATED_CELLS / EXPECTED_DISTORTION[: len(theta)] ** 2))
+        inverse = np.linalg.pinv(normal, hermitian=True)
+        if len(theta):
+            pull = np.einsum("kcn,cn->k", design, residual * weight / sigma[:, None] ** 2)
+            pull[len(x) :] -= CORRELATED_CELLS * theta / EXPECTED_DISTORTION**2
+            theta = theta + (inverse @ pull)[len(x) :]
+        if np.max(np.abs(ratio / previous - 1)) < 1e-6:
+            break
+    error = standard_errors(overlap, design, inverse, residual * weight / sigma[:, None] ** 2)
+    return Fit(ratio, error, np.maximum(scatter, 1.0), same_x, same_y, residual, weight, structure_error(residual/sigma[:,None], structure/sigma[:,None], scatter))
+
+
+def without(values: np.ndarray, basis: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Values (..., n) less their weighted least-squares fit by the basis (m, n)."""
+    weighted = basis * weight
+    return values - (values @ weighted.T) @ np.linalg.pinv(weighted @ basis.T, hermitian=True) @ basis
+
+
+def shared_weights(residual: np.ndarray, structure: np.ndarray, scatter: np.ndarray, relative: float) -> np.ndarray:
+    """Weight (n,) of each cell from residuals and structure (C, n) in units of the noise, and the structure's error."""
+    variance = max(1.0, float(np.mean(scatter**2))) + np.mean((relative * structure) ** 2, axis=0)
+    u2 = np.mean(residual**2, axis=0) / variance / TUKEY**2
+    return np.where(u2 < 1, (1 - u2) ** 2, 0.0) / variance
+
+
+def design_matrix(
+    structure: np.ndarray, columns: np.ndarray, basis: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    """Derivatives (C + K, C, n) of the residuals by each channel's log ratio and by each shared coefficient."""
+    channels = len(structure)
+    own = np.zeros((channels, *structure.shape))
+    own[np.arange(channels), np.arange(channels)] = structure
+    return np.concatenate([own, without(columns, basis, weight)])
+
+
+def standard_errors(
+    overlap: Overlap, design: np.ndarray, inverse: np.ndarray, weighted_residual: np.ndarray
+) -> np.ndarray:
+    """Standard error (C,) of each log ratio: sandwich estimate, correlated neighbours and shared terms included."""
+    channels = len(weighted_residual)
+    out = np.full(channels, np.inf)
+    scores = np.einsum("kcn,cn->kn", design, weighted_residual)
+    for c, influence in enumerate(inverse[:channels] @ scores):
+        error = clustered_deviation(influence, overlap.used)
+        if 0 < error < MAX_PAIR_SE:
+            out[c] = error
+    return out
+
+
+def sky_means(overlap: Overlap, fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Robust means (C,) of x and of y over the same cells, and the standard error of the difference in units of x.
+
+    Bright cells, where an error of the gain or of the stars' shape speaks, count for less.
+    """
+    sigma = np.sqrt(overlap.vx + overlap.vy / fit.ratio**2)[:, None]
+    structure = 0.5 * (fit.x + fit.y / fit.ratio[:, None])
+    structure = (structure - np.median(structure, axis=1, keepdims=True)) / sigma
+    difference = (fit.y / fit.ratio[:, None] - fit.x) / sigma
+    centre = np.median(difference, axis=1, keepdims=True)
+    for _ in range(10):
+        scatter = 1.4826 * np.median(np.abs(difference - centre), axis=1)
+        weight = shared_weights(difference - centre, structure, scatter, SKY_STRUCTURE_ERROR)
+        previous, centre = centre, (difference @ weight / np.sum(weight))[:, None]
+        if np.max(np.abs(centre - previous)) < 1e-6:
+            break
+    total = np.sum(weight)
+    error = [clustered_deviation(weight * row, overlap.used) for row in sigma * (difference - centre)]
+    return fit.x @ weight / total, fit.y @ weight / total, np.maximum(np.array(error) / total, 1e-3 * sigma[:, 0])
+
+
+def clustered_deviation(influence: np.ndarray, used: np.ndarray) -> float:
+    """Standard deviation of the sum of influences (n,) whose neighbours are correlated (smoothing, debayering).
+
+    The sum of products over all pairs of cells less than five cells apart, tapered (Newey & West 1987) so that it
+    cannot be negative.
+    """
+    image = np.zeros(used.shape)
+    image[used] = influence
+    taper = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0]) / 5.0
+    near = _along(image, taper)
+    return float(np.sqrt(max(np.sum(image * near), np.sum(influence**2))))
+
+
+def plane_columns(used: np.ndarray) -> np.ndarray:
+    """Two slopes (2, n) over the used cells, zero in the middle."""
+    rows, columns = np.nonzero(used)
+    return np.stack([rows / used.shape[0] - 0.5, columns / used.shape[1] - 0.5])
+
+
+def needs_plane(overlap: Overlap, fit: Fit) -> bool:
+    """Whether the residuals show a plane, all channels together.
+
+    The improvement of chi square by a column of pure noise is about 1, times the cells that smoothing correlates.
+    """
+    root = np.sqrt(fit.weight)
+    columns = without(plane_columns(overlap.used), np.ones((1, len(root))), fit.weight) * root
+    basis = np.linalg.qr(columns.T)[0]
+    sigma = np.sqrt(overlap.vx + overlap.vy / fit.ratio**2)
+    gain = float(np.sum(((fit.residual * root / sigma[:, None]) @ basis) ** 2))
+    degrees = basis.shape[1] * len(sigma)
+    return gain > CORRELATED_CELLS * (degrees + 5 * np.sqrt(2 * degrees))
+
+
+def in_units(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """value / scale, 0 where the scale is 0."""
+    return np.divide(value, scale, out=np.zeros_like(value, dtype=float), where=scale > 0)
