@@ -1,21 +1,24 @@
 """numpy or cupy: choose, move, launch, budget memory, fall back. The only file that imports cupy.
 
-A backend holds pixels and runs the pixel functions of `zemosaic_kernels`; whatever else touches its arrays finds the
-namespace from the array. :class:`CpuBackend` and :class:`CudaBackend` have the same methods, and nothing outside this
-file asks which one it has got.
+A backend holds pixels and runs the pixel functions of `zemosaic_kernels`. :class:`CpuBackend` and
+:class:`CudaBackend` have the same methods, and nothing outside this file asks which one it has got. cupy serves as
+allocator and copier only: all arithmetic is in our own kernels, so that no run-time compiler besides numba's is needed.
 
-Every call to the device runs inside :meth:`CudaBackend.guard`, which turns what a device can do wrong (no driver, out
-of memory, a failed launch, a lost device) into :class:`DeviceFailure`; anything else is a programming error and
+Whatever touches the device runs inside :meth:`CudaBackend.guard`, which turns what a device can do wrong (no driver,
+out of memory, a failed launch, a lost device) into :class:`DeviceFailure`; anything else is a programming error and
 surfaces. :class:`BackendSwitch` is the one place that answers a failure: it says so once, never touches the GPU again,
 and has the whole step done anew on the CPU.
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import warnings
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +31,14 @@ Result = TypeVar("Result")
 THREADS = (32, 8)
 #: Parts of one launch are kept below this many pixels: a kernel that runs longer than 2 s is killed on desktops.
 MAX_LAUNCH_PIXELS = 1 << 24
+#: Bytes of uploads that may be under way at a time; two uploads may in any case.
+STAGED_BYTES = 32 << 20
+#: Bytes of meshes and weight maps kept on the device for the next block.
+KEPT_BYTES = 64 << 20
+#: An alpha plane that says nothing.
+NO_ALPHA = np.ones((1, 1, 1), np.float32)
+#: Packages whose own exception classes mean "the device failed"; their programming errors are Python's own classes.
+DEVICE_PACKAGES = ("cupy", "cupy_backends", "cuda", "numba.cuda.cudadrv")
 
 
 class DeviceFailure(Exception):
@@ -39,10 +50,19 @@ class NoGpuSupport(DeviceFailure):
 
 
 class CpuBackend:
-    """Pixels in numpy arrays, kernels on the CPU (they release the interpreter lock: call them from many threads)."""
+    """Pixels in numpy arrays, kernels on the CPU (they release the interpreter lock: call them from many threads).
+
+    Parameters
+    ----------
+    compiled : bool
+        False: the kernels run as ordinary Python, for a few pixels.
+    """
 
     name = "cpu"
     parallel_blocks = True
+
+    def __init__(self, compiled: bool = True) -> None:
+        self._compiled = compiled
 
     def upload(self, array: np.ndarray) -> np.ndarray:
         """The array itself."""
@@ -57,24 +77,31 @@ class CpuBackend:
 
     def resample(self, source, part, values, weights, add: bool) -> None:
         """Resample one tile into a block; ``part`` is a `zemosaic_reproject.Part`, see `zemosaic_kernels.resample_rect`."""
-        from zemosaic_kernels import resample_rows
-
-        resample_rows(
+        self._kernel("resample_rows")(
             source, part.origin, part.shape, part.method, part.alpha, part.weight_map, part.spacing, part.feather,
             part.scale, part.mesh, part.block, part.rect, values, weights, add,
         )  # fmt: skip
 
     def measure(self, source, origin, shape, mesh, cell_px, corner, wanted, sums, counts) -> None:
-        """Sums and numbers of valid samples in coarse cells; see `zemosaic_kernels.cell_sums`."""
-        from zemosaic_kernels import measure_cells
-
-        measure_cells(source, origin, shape, mesh, cell_px, corner, wanted, sums, counts)
+        """Sums and numbers of valid samples in coarse cells; see `zemosaic_kernels.measure_rect`."""
+        cells = (0, wanted.shape[0], 0, wanted.shape[1])
+        self._kernel("measure_cells")(source, origin, shape, mesh, cell_px, corner, wanted, cells, sums, counts)
 
     def combine(self, values, weights, method, options, out) -> None:
-        """Combine layers; ``options`` = (kappa_low, kappa_high, trim_low, trim_high)."""
-        from zemosaic_kernels import combine_layers
+        """Combine layers; ``options`` = (kappa_low, kappa_high, trim_low, trim_high).
 
-        combine_layers(values, weights, method, *options, out)
+        ``values`` (K, C, h, w) and the weights are sorted in place; ``weights`` may be (K, h, w), the same for all
+        channels, and is then left alone.
+        """
+        if weights.ndim == 3:
+            weights = np.repeat(weights[:, None], values.shape[1], axis=1)
+        self._kernel("combine_layers")(values, weights, method, *options, out)
+
+    def _kernel(self, name: str) -> Callable:
+        import zemosaic_kernels
+
+        kernel = getattr(zemosaic_kernels, name)
+        return kernel if self._compiled else kernel.py_func
 
     def free_bytes(self, fraction: float) -> int | None:
         """No limit of its own: the memory budget of the run holds."""
@@ -87,6 +114,9 @@ class CpuBackend:
 class CudaBackend:
     """Pixels in cupy arrays, the same kernels compiled for CUDA.
 
+    Work is queued on the calling thread's current stream (cupy's default stream), copies to the device on a stream of
+    their own. The device is the one that cupy has made current in the calling thread; numba follows it.
+
     Parameters
     ----------
     cupy, cuda : module
@@ -97,69 +127,94 @@ class CudaBackend:
     Raises
     ------
     DeviceFailure
-        No kernel could be run on the device.
+        The kernels could not be compiled or run, or do not compute what the CPU does.
     """
 
     name = "gpu"
     parallel_blocks = False
 
     def __init__(self, cupy: Any, cuda: Any, device_id: int = 0) -> None:
-        self._cupy, self._cuda, self.device_id = cupy, cuda, device_id
-        with self.guard("start"):
-            from zemosaic_kernels import cuda_kernels
+        from zemosaic_kernels import cuda_kernels
 
+        self._cupy, self._cuda, self.device_id = cupy, cuda, device_id
+        self._lost = ""
+        self._staged: deque[tuple[Any, Any, Any]] = deque()
+        self._kept: OrderedDict[int, tuple[np.ndarray, Any]] = OrderedDict()
+        with starting(), self.guard("start", select=False):
             self._device = cupy.cuda.Device(device_id)
             self._device.use()
-            cuda.select_device(device_id)
-            self._kernels = cuda_kernels(cuda)
             self._copies = cupy.cuda.Stream(non_blocking=True)
-            self._waiting: list[tuple[Any, Any]] = []
-        self._prove()
+            self._kernels = {name: exact(kernel) for name, kernel in cuda_kernels(cuda).items()}
+            self._prove()
 
     @contextmanager
-    def guard(self, what: str) -> Iterator[None]:
-        """Turn what the device raises during ``what`` into :class:`DeviceFailure`."""
+    def guard(self, what: str, select: bool = True) -> Iterator[None]:
+        """Turn what the device raises during ``what`` into :class:`DeviceFailure`; a failed device is left alone."""
+        if self._lost:
+            raise DeviceFailure(self._lost)
         try:
+            if select:
+                self._device.use()
             yield
-        except device_errors(self._cupy, self._cuda) as error:
-            raise DeviceFailure(f"{what}: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            if not is_device_error(error):
+                raise
+            self._lost = f"{what}: {sentence(error)}"
+            raise DeviceFailure(self._lost) from error
 
     def _prove(self) -> None:
-        """A GPU counts as present when a kernel has run on it and answered right."""
-        values = self.upload(np.array([[[[3.0]]], [[[1.0]]], [[[2.0]]]], np.float32))
-        weights = self.upload(np.ones((3, 1, 1, 1), np.float32))
-        out = self.zeros((1, 1, 1))
-        self.combine(values, weights, 1, (3.0, 3.0, 0.05, 0.05), out)
-        if float(self.download(out)[0, 0, 0]) != 2.0:
-            raise DeviceFailure("start: the device computed a wrong result")
+        """A GPU counts as present when all kernels have run on it and answered as the CPU does, bit for bit."""
+        for found, expected in zip(trial(self), trial(CpuBackend(compiled=False)), strict=True):
+            if not np.array_equal(found, expected, equal_nan=True):
+                raise DeviceFailure("start: the device does not compute what the CPU does")
 
     @property
     def description(self) -> str:
         """Name of the card."""
         with self.guard("identify"):
-            name = self._cupy.cuda.runtime.getDeviceProperties(self.device_id)["name"]
-        return name.decode() if isinstance(name, bytes) else str(name)
+            return card_name(self._cupy, self.device_id)
 
     def upload(self, array: np.ndarray):
-        """Copy to the device on a stream of its own, so that the copy runs beside the kernels already launched."""
+        """Copy to the device while the kernels already launched run.
+
+        The pixels go through page-locked memory (no other copy is asynchronous) to a staging array on the copy
+        stream, and from there, once they have arrived, into an array that belongs to the stream of the kernels. Both
+        intermediate copies are held until that is done; whoever uses the array need not know of the copy stream.
+        """
+        cupy = self._cupy
         with self.guard("upload"):
-            self._device.use()
-            host = self._pinned(array)
+            out = cupy.empty(array.shape, dtype=array.dtype)
+            if not array.nbytes:
+                return out
+            self._release(max(array.nbytes, STAGED_BYTES - array.nbytes))
+            pinned = cupy.cuda.alloc_pinned_memory(array.nbytes)
+            np.frombuffer(pinned, array.dtype, array.size).reshape(array.shape)[...] = array
             with self._copies:
-                out = self._cupy.empty(array.shape, dtype=array.dtype)
-                out.set(host, stream=self._copies)
-            event = self._copies.record()
-            self._cupy.cuda.get_current_stream().wait_event(event)
-            # the page-locked copy must outlive the transfer
-            self._waiting = [pair for pair in self._waiting if not pair[0].done] + [(event, host)]
+                staged = cupy.empty(array.shape, dtype=array.dtype)
+                staged.data.copy_from_host_async(pinned.ptr, array.nbytes, self._copies)
+            stream = cupy.cuda.get_current_stream()
+            stream.wait_event(self._copies.record())
+            out.data.copy_from_device_async(staged.data, array.nbytes, stream)
+            self._staged.append((stream.record(), staged, pinned))
             return out
 
-    def _pinned(self, array: np.ndarray) -> np.ndarray:
-        """A copy of the array in page-locked memory, without which no copy is asynchronous."""
-        memory = self._cupy.cuda.alloc_pinned_memory(max(array.nbytes, 1))
-        host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
-        host[...] = array
-        return host
+    def _release(self, limit: int) -> None:
+        """Let go of uploads that have arrived; wait for the oldest where more than ``limit`` bytes are under way."""
+        while self._staged:
+            arrived, _staged, _pinned = self._staged[0]
+            if not arrived.done:
+                if sum(staged.nbytes for _, staged, _ in self._staged) <= limit:
+                    return
+                arrived.synchronize()
+            self._staged.popleft()
+
+    def _resident(self, array: np.ndarray):
+        """Upload of an array that never changes and is asked for again with the next block; the latest are kept."""
+        entry = self._kept.pop(id(array), None) or (array, self.upload(array))
+        self._kept[id(array)] = entry
+        while len(self._kept) > 1 and sum(host.nbytes for host, _ in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return entry[1]
 
     def download(self, array) -> np.ndarray:
         """Copy to the host; waits for everything launched before."""
@@ -168,55 +223,75 @@ class CudaBackend:
 
     def zeros(self, shape: tuple[int, ...], dtype: str = "float32"):
         with self.guard("allocate"):
-            self._device.use()
             return self._cupy.zeros(shape, dtype=dtype)
 
     def resample(self, source, part, values, weights, add: bool) -> None:
-        """As :meth:`CpuBackend.resample`."""
-        nodes, mesh_y, mesh_x, step = part.mesh
-        alpha, weight_map, nodes = self.upload(part.alpha), self.upload(part.weight_map), self.upload(nodes)
+        """As :meth:`CpuBackend.resample`; the part holds host arrays."""
+        alpha = self._resident(NO_ALPHA) if part.alpha.size == 1 else self.upload(part.alpha)
+        weight_map, mesh = self._resident(part.weight_map), self._mesh(part.mesh, part.rect)
         y0, y1, x0, x1 = part.rect
-        rows = max(MAX_LAUNCH_PIXELS // max(x1 - x0, 1), 1)
-        for top in range(y0, y1, rows):
-            rect = (top, min(top + rows, y1), x0, x1)
+        for top, bottom in slabs(y0, y1, x1 - x0):
             self._launch(
-                "resample", rect[1] - rect[0], x1 - x0, source, part.origin, part.shape, part.method, alpha,
-                weight_map, part.spacing, part.feather, part.scale, nodes, mesh_y, mesh_x, step, part.block, rect,
-                values, weights, add,
+                "resample", bottom - top, x1 - x0, source, part.origin, part.shape, part.method, alpha, weight_map,
+                part.spacing, part.feather, part.scale, *mesh, part.block, (top, bottom, x0, x1), values, weights, add,
             )  # fmt: skip
-        self._keep(source, alpha, weight_map, nodes)
 
     def measure(self, source, origin, shape, mesh, cell_px, corner, wanted, sums, counts) -> None:
         """As :meth:`CpuBackend.measure`; ``mesh`` and ``wanted`` are host arrays."""
-        nodes, mesh_y, mesh_x, step = mesh
-        nodes, wanted_there = self.upload(nodes), self.upload(wanted)
-        self._launch(
-            "measure", *wanted.shape, source, origin, shape, nodes, mesh_y, mesh_x, step, cell_px, corner,
-            wanted_there, sums, counts,
-        )  # fmt: skip
-        self._keep(source, nodes, wanted_there)
+        rows, columns = wanted.shape
+        y, x = corner[0] * cell_px, corner[1] * cell_px
+        mesh = self._mesh(mesh, (y, y + rows * cell_px, x, x + columns * cell_px))
+        wanted = self.upload(wanted)
+        for top, bottom in slabs(0, rows, columns * cell_px**2):
+            self._launch(
+                "measure", bottom - top, columns, source, origin, shape, *mesh, cell_px, (corner[0] + top, corner[1]),
+                wanted[top:bottom], sums[:, top:bottom], counts[top:bottom],
+            )  # fmt: skip
 
     def combine(self, values, weights, method, options, out) -> None:
         """As :meth:`CpuBackend.combine`."""
-        self._launch("combine", out.shape[1], out.shape[2], values, weights, method, *options, out)
+        layers, channels, rows, columns = values.shape
+        if weights.ndim == 3:
+            weights = self._every_channel(weights, channels)
+        for top, bottom in slabs(0, rows, columns * -(-layers // 8)):
+            part = np.s_[..., top:bottom, :]
+            self._launch("combine", bottom - top, columns, values[part], weights[part], method, *options, out[part])
+
+    def _every_channel(self, weights, channels: int):
+        """Layers of weights (K, h, w) as (K, C, h, w); plain copies, for which nothing need be compiled."""
+        with self.guard("copy"):
+            out = self._cupy.empty((len(weights), channels, *weights.shape[1:]), dtype=weights.dtype)
+            stream = self._cupy.cuda.get_current_stream()
+            for k in range(len(weights)):
+                for channel in range(channels):
+                    out[k, channel].data.copy_from_device_async(weights[k].data, weights[k].nbytes, stream)
+            return out
+
+    def _mesh(self, mesh: tuple[np.ndarray, int, int, int], rect: tuple[int, int, int, int]) -> tuple:
+        """The mesh on the device; of an exact one, which has a node for every pixel, the rectangle that is needed."""
+        nodes, y, x, step = mesh
+        if step > 1:
+            return self._resident(nodes), y, x, step
+        y0, y1, x0, x1 = rect
+        return self.upload(nodes[:, y0 - y : y1 - y, x0 - x : x1 - x]), y0, x0, step
 
     def _launch(self, kernel: str, rows: int, columns: int, *arguments) -> None:
-        with self.guard(f"launch {kernel}"):
+        with self.guard(f"launch {kernel}"), uncontracted(self._cuda):
+            pointer = self._cupy.cuda.get_current_stream().ptr
+            stream = self._cuda.external_stream(pointer) if pointer else 0
             grid = (-(-columns // THREADS[0]), -(-rows // THREADS[1]))
-            stream = self._cuda.external_stream(self._cupy.cuda.get_current_stream().ptr)
+            # numba would wait for the stream of every array that it is not told to trust
+            arguments = [
+                self._cuda.as_cuda_array(a, sync=False) if hasattr(a, "__cuda_array_interface__") else a
+                for a in arguments
+            ]
             self._kernels[kernel][grid, THREADS, stream](*arguments)
-
-    def _keep(self, *arrays) -> None:
-        """Hold arrays that the copy stream allocated until the kernels that read them have run."""
-        with self.guard("record"):
-            event = self._cupy.cuda.get_current_stream().record()
-            self._waiting = [pair for pair in self._waiting if not pair[0].done] + [(event, arrays)]
 
     def synchronize(self) -> None:
         """Wait for the device: failures of what was launched show here."""
         with self.guard("synchronise"):
             self._cupy.cuda.get_current_stream().synchronize()
-            self._waiting = []
+            self._staged.clear()
 
     def free_bytes(self, fraction: float) -> int:
         """Bytes of device memory that a run may use: ``fraction`` of what is free now."""
@@ -227,34 +302,101 @@ class CudaBackend:
 
     def close(self) -> None:
         """Give the device memory back."""
-        self._waiting = []
+        self.synchronize()
         with self.guard("release"):
+            self._kept.clear()
             self._cupy.get_default_memory_pool().free_all_blocks()
             self._cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
-def device_errors(cupy: Any, cuda: Any) -> tuple[type[BaseException], ...]:
-    """Exception classes that mean "the device failed", as far as the installed libraries have them."""
-    paths = (
-        (cupy, "cuda.runtime.CUDARuntimeError"),
-        (cupy, "cuda.driver.CUDADriverError"),
-        (cupy, "cuda.memory.OutOfMemoryError"),
-        (cupy, "cuda.compiler.CompileException"),
-        (cupy, "cuda.nvrtc.NVRTCError"),
-        (cuda, "cudadrv.error.CudaSupportError"),
-        (cuda, "cudadrv.error.CudaDriverError"),
-        (cuda, "cudadrv.error.NvvmError"),
-        (cuda, "cudadrv.error.NvrtcError"),
-        (cuda, "cudadrv.driver.CudaAPIError"),
-        (cuda, "cudadrv.driver.LinkerError"),
-    )
-    found = []
-    for module, path in paths:
-        for part in path.split("."):
-            module = getattr(module, part, None)
-        if isinstance(module, type) and issubclass(module, BaseException):
-            found.append(module)
-    return tuple(found)
+# ------------------------------------------------------------------------------------------------ what can go wrong
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether an exception comes from the libraries that drive the device, by where its class is defined.
+
+    The classes differ from version to version; their packages do not.
+    """
+    modules = [cls.__module__ for cls in type(error).__mro__]
+    return any(module == name or module.startswith(f"{name}.") for module in modules for name in DEVICE_PACKAGES)
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A device that cannot even be started is not there, whatever the library raises to say so."""
+    from numba.core.errors import NumbaError
+
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, NumbaError) as error:
+        raise DeviceFailure(f"start: {sentence(error)}") from error
+
+
+def sentence(error: BaseException) -> str:
+    """Class and message of an exception on one line."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+# ------------------------------------------------------------------------------------------------------- the device
+
+
+def slabs(start: int, stop: int, row_work: int) -> Iterator[tuple[int, int]]:
+    """Rows ``start:stop`` in parts of which each is one launch; ``row_work`` is the number of pixels in a row."""
+    rows = max(MAX_LAUNCH_PIXELS // max(row_work, 1), 1)
+    for top in range(start, stop, rows):
+        yield top, min(top + rows, stop)
+
+
+def exact(kernel: Any) -> Any:
+    """The kernel set to be compiled through PTX, where :func:`uncontracted` has its effect, not by the linker (LTO)."""
+    if "lto" in kernel.targetoptions:
+        kernel.targetoptions["lto"] = False
+    return kernel
+
+
+@contextmanager
+def uncontracted(cuda: Any) -> Iterator[None]:
+    """Have whatever numba compiles here compiled without fused multiply-add, so that it rounds as the CPU does.
+
+    NVVM fuses unless it gets ``-fma=0``, which numba has no option for.
+    """
+    nvvm = cuda.cudadrv.nvvm
+    compile_ir = getattr(nvvm, "compile_ir", None)
+    if compile_ir is None:
+        raise DeviceFailure("this version of numba-cuda is not supported: fused multiply-add cannot be switched off")
+    nvvm.compile_ir = functools.partial(compile_ir, fma=0)
+    try:
+        yield
+    finally:
+        nvvm.compile_ir = compile_ir
+
+
+def trial(backend: Any) -> list[np.ndarray]:
+    """A few pixels through every kernel; the float64 sums show a difference of one bit."""
+    rng = np.random.default_rng(5)
+    source = rng.normal(100.0, 30.0, (2, 8, 8)).astype(np.float32)
+    y, x = np.meshgrid(np.arange(-4.0, 12.0, 4), np.arange(-4.0, 12.0, 4), indexing="ij")
+    part = SimpleNamespace(
+        origin=(0, 0), shape=(8, 8), method=0, alpha=rng.uniform(0.5, 1, (1, 8, 8)).astype(np.float32),
+        weight_map=np.array([[0.7, 1.0]], np.float32), spacing=8.0, feather=3.0, scale=0.9,
+        mesh=(np.stack([1.3 + 0.71 * x - 0.13 * y, 0.9 + 0.13 * x + 0.71 * y]), -4, -4, 4),
+        block=(0, 0), rect=(0, 4, 0, 4),
+    )  # fmt: skip
+    image = backend.upload(source)
+    values, weights = backend.zeros((3, 2, 4, 4)), backend.zeros((3, 4, 4))
+    for k in range(3):
+        backend.resample(image, part, values[k], weights[k], k == 2)
+    out = backend.zeros((3, 4, 4))
+    backend.combine(values, weights, 0, (3.0, 3.0, 0.05, 0.05), out)
+    sums, counts = backend.zeros((2, 2, 2), "float64"), backend.zeros((2, 2), "int32")
+    backend.measure(image, (0, 0), (8, 8), part.mesh, 2, (0, 0), np.ones((2, 2), np.uint8), sums, counts)
+    return [backend.download(array) for array in (values, weights, out, sums, counts)]
+
+
+def card_name(cupy: Any, number: int) -> str:
+    name = cupy.cuda.runtime.getDeviceProperties(number)["name"]
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:
@@ -271,35 +413,27 @@ def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:
     DeviceFailure
         With a reason that a user can act on.
     """
-    os.environ.setdefault("CUPY_ACCELERATORS", "")
     try:
         import cupy
         from numba import cuda
+    except ModuleNotFoundError as error:
+        raise NoGpuSupport(f"{error.name} is not installed (pip install 'zemosaic-worker[gpu-cuda12]')") from error
     except ImportError as error:
-        raise NoGpuSupport(
-            f"{error.name or error} is not installed (pip install 'zemosaic-worker[gpu-cuda12]')"
-        ) from error
+        raise DeviceFailure(f"cupy cannot be loaded: {sentence(error)}") from error
+    # small blocks are no reason to warn
+    warnings.filterwarnings("ignore", message="Grid size .* will likely result in GPU under-utilization")
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-    except device_errors(cupy, cuda) as error:
-        raise DeviceFailure(f"no usable CUDA driver or card: {error}") from error
+        names = [card_name(cupy, number) for number in range(count)]
+    except Exception as error:
+        if not is_device_error(error):
+            raise
+        raise DeviceFailure(f"no usable CUDA driver or card: {sentence(error)}") from error
     if selector:
-        device_id = find_card(cupy, cuda, selector, count, device_id)
+        device_id = next((k for k, name in enumerate(names) if selector.lower() in name.lower()), device_id)
     if not 0 <= device_id < count:
         raise DeviceFailure(f"there is no card number {device_id}: {count} found")
     return CudaBackend(cupy, cuda, device_id)
-
-
-def find_card(cupy: Any, cuda: Any, selector: str, count: int, default: int) -> int:
-    """Number of the first card whose name holds ``selector``; ``default`` where there is none."""
-    for number in range(count):
-        try:
-            name = cupy.cuda.runtime.getDeviceProperties(number)["name"]
-        except device_errors(cupy, cuda) as error:
-            raise DeviceFailure(f"card {number} does not answer: {error}") from error
-        if selector.lower() in (name.decode() if isinstance(name, bytes) else str(name)).lower():
-            return number
-    return default
 
 
 @dataclass
@@ -346,8 +480,9 @@ class BackendSwitch:
         """``step(backend)`` on the GPU, or, after any device failure, once more and wholly on the CPU."""
         if self.gpu is not None:
             try:
-                result = step(self.gpu)
-                self.gpu.synchronize()
+                with self.gpu.guard("Phase 5"):
+                    result = step(self.gpu)
+                    self.gpu.synchronize()
                 return result
             except DeviceFailure as failure:
                 self._fall_back(str(failure), aloud=True)

@@ -309,53 +309,70 @@ resample_rows = njit(nogil=True, cache=True, error_model="numpy")(resample_rect)
 
 
 @register_jitable
-def cell_sums(source, origin, shape, mesh, cell_px, cy, cx, sums, counts, at):
-    """Add the valid bilinear samples of coarse cell ``(cy, cx)`` (``cell_px`` squared output pixels) to ``sums``.
+def measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, rect, sums, counts):
+    """Add the valid bilinear samples of coarse cells to ``sums`` and their number to ``counts``.
 
-    ``sums`` is float64 (C, h, w), ``counts`` (h, w): how many samples were valid.
+    Parameters
+    ----------
+    source, origin, shape, mesh
+        As for :func:`resample_rect`.
+    cell_px : int
+        Side of a cell in output pixels.
+    corner : (int, int)
+        Row and column on the coarse grid of ``sums[:, 0, 0]``.
+    wanted : uint8 (h, w)
+        Cells where it is 0 are left out.
+    rect : (j0, j1, i0, i1)
+        The cells to do, counted from ``corner``.
+    sums, counts : float64 (C, h, w), int32 (h, w)
     """
     nodes, mesh_y, mesh_x, step = mesh
-    count = 0
-    for y in range(cy * cell_px, (cy + 1) * cell_px):
+    height, width = shape
+    x0 = (corner[1] + rect[2]) * cell_px
+    x1 = (corner[1] + rect[3]) * cell_px
+    for y in range((corner[0] + rect[0]) * cell_px, (corner[0] + rect[1]) * cell_px):
+        j = y // cell_px - corner[0]
         row = (y - mesh_y) // step
         wy = cubic_weights((y - mesh_y - row * step) / step)
-        cell = -1
-        columns_y = (0.0, 0.0, 0.0, 0.0)
-        columns_x = (0.0, 0.0, 0.0, 0.0)
-        for x in range(cx * cell_px, (cx + 1) * cell_px):
-            here = (x - mesh_x) // step
-            if step == 1:
-                ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
-            else:
-                if here != cell:
-                    cell = here
-                    columns_y = cell_columns(nodes, 1, row, wy, cell)
-                    columns_x = cell_columns(nodes, 0, row, wy, cell)
-                wx = cubic_weights((x - mesh_x - cell * step) / step)
-                ty = interpolate(columns_y, wx)
-                tx = interpolate(columns_x, wx)
-            if not near(ty, tx, shape[0], shape[1]):
-                continue
-            ty = quantise(ty)
-            tx = quantise(tx)
-            if inside(ty, tx, shape[0], shape[1]):
-                corners = bilinear_corners(shape[0], shape[1], origin, ty, tx)
+        i = rect[2]
+        left = cell_px
+        for cell in range((x0 - mesh_x) // step, (x1 - 1 - mesh_x) // step + 1):
+            if step > 1:
+                columns_y = cell_columns(nodes, 1, row, wy, cell)
+                columns_x = cell_columns(nodes, 0, row, wy, cell)
+            start = mesh_x + cell * step
+            for x in range(max(x0, start), min(x1, start + step)):
+                if left == 0:
+                    i += 1
+                    left = cell_px
+                left -= 1
+                if wanted[j, i] == 0:
+                    continue
+                if step > 1:
+                    wx = cubic_weights((x - start) / step)
+                    ty = interpolate(columns_y, wx)
+                    tx = interpolate(columns_x, wx)
+                else:
+                    ty = nodes[1, row, cell]
+                    tx = nodes[0, row, cell]
+                if not near(ty, tx, height, width):
+                    continue
+                ty = quantise(ty)
+                tx = quantise(tx)
+                if not inside(ty, tx, height, width):
+                    continue
+                corners = bilinear_corners(height, width, origin, ty, tx)
                 first = bilinear_value(source, 0, corners)
-                if first == first:
-                    count += 1
-                    sums[0, at[0], at[1]] += first
-                    for channel in range(1, source.shape[0]):
-                        sums[channel, at[0], at[1]] += bilinear_value(source, channel, corners)
-    counts[at[0], at[1]] = count
+                if not first == first:
+                    continue
+                counts[j, i] += 1
+                sums[0, j, i] += first
+                for channel in range(1, source.shape[0]):
+                    sums[channel, j, i] += bilinear_value(source, channel, corners)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def measure_cells(source, origin, shape, mesh, cell_px, corner, wanted, sums, counts):
-    """CPU loop over coarse cells; ``corner`` = (cy, cx) of ``sums[:, 0, 0]``; cells where ``wanted`` is 0 are skipped."""
-    for j in range(wanted.shape[0]):
-        for i in range(wanted.shape[1]):
-            if wanted[j, i]:
-                cell_sums(source, origin, shape, mesh, cell_px, corner[0] + j, corner[1] + i, sums, counts, (j, i))
+#: The CPU loop.
+measure_cells = njit(nogil=True, cache=True, error_model="numpy")(measure_rect)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -578,7 +595,7 @@ def cuda_kernels(cuda):
         i, j = cuda.grid(2)
         if j < wanted.shape[0] and i < wanted.shape[1] and wanted[j, i]:
             mesh = (nodes, mesh_y, mesh_x, step)
-            cell_sums(source, origin, shape, mesh, cell_px, corner[0] + j, corner[1] + i, sums, counts, (j, i))
+            measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, (j, j + 1, i, i + 1), sums, counts)
 
     @cuda.jit(fastmath=False)
     def combine(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):

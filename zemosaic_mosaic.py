@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -60,9 +61,16 @@ class Run:
             raise Cancelled("the run was stopped by the user")
 
     def set_aside(self, name: str, reason: str) -> None:
-        """One input less, with its named warning."""
+        """One input less, with its named warning; ``reason`` follows the name ("is empty")."""
         self.aside.append(SetAside(name, reason))
-        self.reporter.warn("", f"{name} is set aside: {reason}")
+        subject = "" if reason.startswith("its ") else "it "
+        self.reporter.warn("", f"{name} is set aside: {subject}{reason}")
+
+
+def nothing_usable(aside: Sequence[SetAside], where: str = "") -> str:
+    """The sentence that refuses an input without a usable tile."""
+    more = f", and {len(aside) - 1} more (see the warnings)" if len(aside) > 1 else ""
+    return f"There is no usable tile{where}: {aside[0].name} {aside[0].reason}{more}."
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def lay_out(run: Run, tiles: Sequence[Tile]) -> tuple[OutputGrid, list[PlacedTil
     placed = []
     for tile, item in zip(tiles, place_tiles(tiles, grid), strict=True):
         if item is None:
-            run.set_aside(tile.name, "it lies outside the output image")
+            run.set_aside(tile.name, "lies outside the output image")
         else:
             placed.append(item)
     if not placed:
@@ -156,13 +164,13 @@ def survey(run: Run, placed: Sequence[PlacedTile], store: PixelStore) -> tuple[l
         if isinstance(facts, UnusableFile):
             run.set_aside(item.tile.name, facts.reason)
         elif not facts.pixels:
-            run.set_aside(item.tile.name, "it holds no valid pixel (all NaN, infinite or masked)")
+            run.set_aside(item.tile.name, "holds no valid pixel (all NaN, infinite or masked)")
         elif facts.spread == 0 and any(seen):
-            run.set_aside(item.tile.name, "all its pixels have the same value: it shows no sky")
+            run.set_aside(item.tile.name, "has the same value everywhere: it shows no sky")
         else:
             good.append((item, facts))
     if not good:
-        raise UsageError("no usable tile is left: every input was set aside (see the warnings above)")
+        raise UsageError(nothing_usable(run.aside))
     return [item for item, _ in good], [facts for _, facts in good]
 
 
@@ -294,6 +302,9 @@ def coadd_to_disk(
     shape, channels = scene.grid.shape, scene.channels
     full_weight = min(item.weight for item in scene.placed)
     bin_px = max(1, int(settings.two_pass_cov_sigma_px / 8))
+    # both passes of a run are one stage: its count goes on
+    rows_before = 0 if coverage is not None else shape[0]
+    rows_total = shape[0] * (2 if wants_aesthetic(settings) else 1)
 
     def step(backend: Any) -> CoaddResult:
         canvas = Canvas(shape, channels, settings.preview_png_max_dim, bin_px, full_weight, adjust)
@@ -316,19 +327,19 @@ def coadd_to_disk(
 
             def sink(block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
                 canvas.put(block, values, weights)
-                run.reporter.stage("phase5_reproject", canvas.rows_done, shape[0])
+                run.reporter.stage("phase5_reproject", rows_before + canvas.rows_done, rows_total)
 
-            run.reporter.stage("phase5_reproject", 0, shape[0])
+            run.reporter.stage("phase5_reproject", rows_before, rows_total)
             if settings.engine == "reproject":
-                from zemosaic_compat import coadd_with_reproject
+                from zemosaic_peer import coadd_with_reproject
 
-                coadd_with_reproject(scene.placed, solution, scene.grid, options, scene.store, sink)
+                coadd_with_reproject(scene.placed, solution, scene.grid, options, scene.store, sink, run.cancelled)
             else:
                 coadd(
                     scene.placed, solution, shape, options, scene.store, backend, sink, budget, run.jobs, run.cancelled
                 )
             run.check()
-            run.reporter.stage("phase5_reproject", shape[0], shape[0])
+            run.reporter.stage("phase5_reproject", rows_before + shape[0], rows_total)
         return CoaddResult(canvas.preview.image(), canvas.coarse_coverage())
 
     return run.switch.run(step)
@@ -353,6 +364,7 @@ class Canvas:
         self._full_weight = full_weight
         self._adjust = adjust
         self._pixels_done = 0
+        self._lock = threading.Lock()
         self._width = shape[1]
 
     @property
@@ -371,7 +383,8 @@ class Canvas:
             self.image.write_alpha(y0, x0, alpha_of(weights, self._full_weight))
         if self.coverage is not None:
             self.coverage.write_block(y0, x0, weights)
-        self._pixels_done += weights.size
+        with self._lock:
+            self._pixels_done += weights.size
 
     def coarse_coverage(self) -> Coverage:
         return Coverage(self._binned.image()[0], self._binned.factor)
@@ -462,13 +475,12 @@ def colour_adjustment(factors: Aesthetics) -> Callable[[np.ndarray], np.ndarray]
 # --------------------------------------------------------------------------------------------------------- Phase 6
 
 
-def output_paths(folder: Path, tiles: int, frames: int) -> dict[str, Path]:
-    """Final names of all outputs."""
+def output_paths(folder: Path, tiles: int, frames: int, aesthetic: bool) -> dict[str, Path]:
+    """Final names of all outputs of a run."""
     stem = f"zemosaic_MT{tiles}_R{frames}"
+    images = ("science", "aesthetic", "coverage") if aesthetic else ("science", "coverage")
     return {
-        "science": folder / f"{stem}_science.fits",
-        "aesthetic": folder / f"{stem}_aesthetic.fits",
-        "coverage": folder / f"{stem}_coverage.fits",
+        **{name: folder / f"{stem}_{name}.fits" for name in images},
         "preview": folder / f"{stem}_preview.png",
         "report": folder / "run_report.json",
     }
@@ -484,6 +496,19 @@ def product_header(scene: Scene, product: str, history: Sequence[str], version: 
     for line in history:
         header["HISTORY"] = line
     return header
+
+
+def warn_of_rounding(run: Run, image: np.ndarray) -> None:
+    """Say so where whole numbers from 0 to 65535 cannot hold the mosaic."""
+    if not run.settings.save_final_as_uint16 or not np.isfinite(image).any():
+        return
+    low, middle, high = np.nanpercentile(image, (0.1, 50, 99.9))
+    if low < 0 or high > 65535 or high - middle < 64:
+        run.reporter.warn(
+            "",
+            f"save_final_as_uint16: whole numbers from 0 to 65535 hold this mosaic badly, most of whose values lie "
+            f"between {low:.4g} and {high:.4g}; leave it off to keep them all",
+        )
 
 
 def save_preview(run: Run, image: np.ndarray, path: Path) -> None:

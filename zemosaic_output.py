@@ -115,7 +115,7 @@ class MosaicWriter:
         with self._told(), ExitStack() as stack:
             free = shutil.disk_usage(self.path.parent).free
             if free < self._total:
-                sizes = f"needs {self._total / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB left"
+                sizes = f"needs {self._total / 1e6:.3g} MB and the disk has {free / 1e6:.3g} MB left"
                 raise RunError(f"{self.path} {sizes}: make room or choose another folder.")
             part = stack.enter_context(atomic_path(self.path))
             self._file = stack.enter_context(part.open("w+b", buffering=0))

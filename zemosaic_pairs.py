@@ -10,7 +10,7 @@ docs/photometry.md derives it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -26,7 +26,9 @@ MAX_PAIR_SE = 0.25
 #: Fewest common cells for an overlap to count.
 MIN_CELLS = 12
 #: Most cells of one pair that enter its fit.
-MAX_CELLS = 8000
+MAX_CELLS = 5000
+#: Most steps of one iterative fit.
+MAX_STEPS = 12
 #: Tuning constant of Tukey's biweight for 95 % efficiency on Gaussian residuals.
 TUKEY = 4.685
 #: Kernel that smooths the cells before a gain is fitted (binomial, along each axis), the factor by which it lowers the
@@ -60,6 +62,10 @@ class CoarseTile:
         float64 (C,), standard deviation of one of the tile's pixels.
     sky : ndarray
         float64 (C,), the tile's own sky level: the pivot.
+    area : ndarray, optional
+        float32 (h, w), the solid angle of a tile pixel in each cell relative to that in the tile's middle, up to a
+        factor common to all tiles. Distortion makes it vary: flat-fielded pixels then keep the brightness of a surface,
+        but not the flux of a star (see :func:`make_overlap`).
     """
 
     name: str
@@ -69,6 +75,7 @@ class CoarseTile:
     noise: np.ndarray
     pixel_noise: np.ndarray
     sky: np.ndarray
+    area: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -110,21 +117,21 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Fit:
-    """``y = ratio x + const`` after everything else, per channel.
+    """``y = ratio x + const`` after everything else, with units of the noise for what is marked (sigma).
 
-    ``ratio`` (C,) is g_b / g_a, ``error`` its relative standard error (inf: too little structure), ``scatter`` the
-    robust scatter in units of the noise; ``x`` and ``y`` (C, n) are the cells with the distortions taken out,
-    ``residual`` that of y / ratio - x, and ``weight`` (n,) belongs to the cells.
+    ``ratio`` (C,) is g_b / g_a, ``theta`` (K,) the coefficients of the distortions; ``x`` and ``y`` (C, n) are the cells
+    with the distortions taken out, ``residual`` (sigma) that of y / ratio - x and ``structure`` (sigma) the best
+    estimate of what both show; ``scatter`` (C,) (sigma) is the robust scatter, ``weight`` (n,) belongs to the cells.
     """
 
     ratio: np.ndarray
-    error: np.ndarray
-    scatter: np.ndarray
+    theta: np.ndarray
     x: np.ndarray
     y: np.ndarray
     residual: np.ndarray
+    structure: np.ndarray
+    scatter: np.ndarray
     weight: np.ndarray
-    relative: float = STRUCTURE_ERROR
 
 
 # ---------------------------------------------------------------------------------------------------- common cells
@@ -179,13 +186,13 @@ def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation |
         return None
     means_a, means_b, both = common
     overlap = make_overlap(a, b, means_a, means_b, both)
-    fit = fit_overlap(overlap)
+    fit, error = fit_overlap(overlap)
     mean_i, mean_j, mean_se = sky_means(overlap, fit)
     return PairRelation(
         i,
         j,
         log_ratio=-np.log(fit.ratio),
-        log_ratio_se=fit.error,
+        log_ratio_se=error,
         scatter=fit.scatter,
         samples=int(np.count_nonzero(both)),
         mean_i=mean_i,
@@ -197,9 +204,7 @@ def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation |
     )
 
 
-def make_overlap(
-    a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.ndarray, both: np.ndarray
-) -> Overlap:
+def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.ndarray, both: np.ndarray) -> Overlap:
     """Smooth both tiles alike, so that no star is cut by a cell's edge.
 
     The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. The outermost
@@ -211,15 +216,28 @@ def make_overlap(
         _along(np.where(both, means - tile.sky[:, None, None], 0.0).astype(float), BINOMIAL) / support
         for means, tile in ((means_a, a), (means_b, b))
     )
+    if a.area is not None and b.area is not None:
+        (ya, xa), (yb, xb) = overlap_windows(a, b)
+        y = y + (np.where(both, a.area[ya, xa] / b.area[yb, xb], 1.0) - 1.0) * small_scale(y)
     inner = ndimage.binary_erosion(both, np.ones((3, 3), bool))
     used = inner if np.count_nonzero(inner) >= max(0.5 * np.count_nonzero(both), MIN_CELLS) else both
-    thin = int(np.ceil(np.count_nonzero(used) / MAX_CELLS))
-    if thin > 1:
-        every = np.zeros_like(used)
-        every[::thin] = used[::thin]
-        used = every
     vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
-    return Overlap(x, y, used, vx, vy)
+    return Overlap(x, y, thinned(used), vx, vy)
+
+
+def thinned(used: np.ndarray) -> np.ndarray:
+    """At most about :data:`MAX_CELLS` of the used cells, spread evenly."""
+    thin = int(np.ceil(np.count_nonzero(used) / MAX_CELLS))
+    across = int(np.sqrt(thin))
+    down = -(-thin // across)
+    every = np.zeros_like(used)
+    every[::down, ::across] = used[::down, ::across]
+    return every
+
+
+def small_scale(image: np.ndarray) -> np.ndarray:
+    """What stars add to an image (C, h, w) of cells: the image less its mean over 25 cells squared."""
+    return image - ndimage.uniform_filter(image, (0, 25, 25), mode="nearest")
 
 
 def _along(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -232,47 +250,57 @@ def _along(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- fitting
 
 
-def fit_overlap(overlap: Overlap) -> Fit:
-    """Ratio of the structures of two tiles, one a channel; of infinite error where they share none beyond their noise."""
+def fit_overlap(overlap: Overlap) -> tuple[Fit, np.ndarray]:
+    """The fit of one tile on the other and the standard errors (C,) of the log ratios.
+
+    The errors are infinite, all of them, where the tiles share no structure beyond their noise.
+    """
     x, y = overlap.x[:, overlap.used], overlap.y[:, overlap.used]
-    nothing = without_structure(overlap, x, y)
+    unknown = np.full(len(x), np.inf)
+    nothing = without_structure(x, y)
     ratio = initial_ratios(x, y, overlap.vx, overlap.vy)
     if ratio is None:
-        return nothing
-    basis, columns, relative = np.ones((1, x.shape[1])), None, STRUCTURE_ERROR
-    for _ in range(3):
-        fit = fit_ratios(overlap, x, y, basis, ratio, columns, relative)
+        return nothing, unknown
+    basis, columns, relative = np.ones((1, x.shape[1])), np.zeros((0, *x.shape)), STRUCTURE_ERROR
+    fit: Fit | None = replace(nothing, ratio=ratio)
+    for step in range(3):
+        fit = fit_ratios(overlap, basis, columns, fit, relative)
         if fit is None:
-            return nothing
-        if columns is not None:
-            relative = fit.relative
-        ratio, columns = fit.ratio, distortions(overlap, fit.ratio)
+            return nothing, unknown
+        if step == 1:
+            relative = structure_error(fit)
+        if step < 2:
+            columns = distortions(overlap, fit.ratio)
+            # the next fit may explain what this one doubted
+            fit = replace(fit, weight=1 / (1 + np.mean((relative * fit.structure) ** 2, axis=0)))
     if needs_plane(overlap, fit):
         basis = np.concatenate([basis, plane_columns(overlap.used)])
-        fit = fit_ratios(overlap, x, y, basis, ratio, columns, relative)
-    return fit or nothing
+        fit = fit_ratios(overlap, basis, columns, fit, relative)
+        if fit is None:
+            return nothing, unknown
+    return fit, standard_errors(overlap, fit, without(columns, basis, fit.weight))
 
 
-def structure_error(residual: np.ndarray, structure: np.ndarray, scatter: np.ndarray) -> float:
-    """The relative error of the structure that the residuals themselves speak for, all (C, n) in units of the noise.
+def without_structure(x: np.ndarray, y: np.ndarray) -> Fit:
+    """What is known of an overlap that tells no ratio, and where every fit begins."""
+    one = np.ones(len(x))
+    return Fit(one, np.zeros(0), x, y, y - x, x, one * np.nan, np.ones(x.shape[1]))
+
+
+def structure_error(fit: Fit) -> float:
+    """The relative error of the structure that the residuals themselves speak for.
 
     The likeliest of :data:`STRUCTURE_ERRORS` for residuals that follow a multivariate t distribution of 4 degrees of
     freedom, which outliers do not disturb.
     """
-    channels = len(residual)
-    u2, s2 = np.sum(residual**2, axis=0), np.mean(structure**2, axis=0)
-    own = max(1.0, float(np.mean(scatter**2)))
+    channels = len(fit.ratio)
+    u2, s2 = np.sum(fit.residual**2, axis=0), np.mean(fit.structure**2, axis=0)
+    own = max(1.0, float(np.mean(fit.scatter**2)))
     costs = []
     for relative in STRUCTURE_ERRORS:
         variance = own + relative**2 * s2
         costs.append(np.sum(channels * np.log(variance) + (4 + channels) * np.log1p(u2 / (4 * variance))))
     return float(STRUCTURE_ERRORS[int(np.argmin(costs))])
-
-
-def without_structure(overlap: Overlap, x: np.ndarray, y: np.ndarray) -> Fit:
-    """What is known of an overlap that tells no ratio."""
-    one = np.ones(len(x))
-    return Fit(one, one * np.inf, one * np.nan, x, y, y - x, np.ones(x.shape[1]))
 
 
 def initial_ratios(x: np.ndarray, y: np.ndarray, vx: np.ndarray, vy: np.ndarray) -> np.ndarray | None:
@@ -304,7 +332,7 @@ def distortions(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
     and the Laplacian twice (the wings). The common structure is the inverse-variance mean of both tiles: its noise is
     independent of that of their difference.
     """
-    share = _share_of_x(overlap, ratio)[:, None, None]
+    share = share_of_x(overlap, ratio)[:, None, None]
     common = share * overlap.x + (1 - share) * overlap.y / ratio[:, None, None]
     dy, dx = derivative(common, FIRST, -2), derivative(common, FIRST, -1)
     dyy, dxx = derivative(common, SECOND, -2), derivative(common, SECOND, -1)
@@ -318,41 +346,31 @@ def derivative(image: np.ndarray, stencil: np.ndarray, axis: int) -> np.ndarray:
     return ndimage.correlate1d(image, stencil, axis=axis, mode="nearest")
 
 
-def _share_of_x(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
+def share_of_x(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
     """Weight (C,) of x in the inverse-variance mean of x and y / ratio."""
     return overlap.vy / (overlap.vy + ratio**2 * overlap.vx)
 
 
-def fit_ratios(
-    overlap: Overlap,
-    x: np.ndarray,
-    y: np.ndarray,
-    basis: np.ndarray,
-    ratio: np.ndarray,
-    columns: np.ndarray | None,
-    relative: float,
-) -> Fit | None:
+def fit_ratios(overlap: Overlap, basis: np.ndarray, columns: np.ndarray, start: Fit, relative: float) -> Fit | None:
     """Errors-in-variables (Deming) fit with known noise ratio; None where a channel has no slope.
 
-    Iteratively reweighted with Tukey's biweight on the residuals in units of the noise and of
-    :data:`STRUCTURE_ERROR`, against moved, saturated or variable sources. All channels share the weights: a star that
-    is doubted in one channel is doubted in all, or the channels would be tied to different stars, a colour error.
+    Iteratively reweighted with Tukey's biweight on the residuals in units of the noise and of the structure's own
+    relative error, against moved, saturated or variable sources. All channels share the weights: a star that is
+    doubted in one channel is doubted in all, or the channels would be tied to different stars, a colour error.
 
     Parameters
     ----------
-    x, y : ndarray (C, n)
     basis : ndarray (m, n)
         What may be added to any channel of any tile: a constant, perhaps a plane.
-    ratio : ndarray (C,)
-        First guess.
-    columns : ndarray (K, C, n) or None
+    columns : ndarray (K, C, n)
         Distortions whose coefficients all channels share.
+    start : Fit
+        First guess of the ratios, the coefficients and the weights.
     """
-    weight = np.ones(x.shape[1])
-    if columns is None:
-        columns = np.zeros((0, *x.shape))
-    theta = np.zeros(len(columns))
-    for _ in range(20):
+    x, y = overlap.x[:, overlap.used], overlap.y[:, overlap.used]
+    ratio, weight = start.ratio, start.weight
+    theta = start.theta if len(start.theta) == len(columns) else np.zeros(len(columns))
+    for _ in range(MAX_STEPS):
         previous = ratio
         half = 0.5 * np.tensordot(theta, columns, 1)
         same_x, same_y = x + half, y - ratio[:, None] * half
@@ -361,29 +379,56 @@ def fit_ratios(
         if (sxy <= 0).any():
             return None
         ratio = deming_slope((px * px) @ weight, (py * py) @ weight, sxy, overlap.vy / overlap.vx)
+        sigma = noise_of_difference(overlap, ratio)
         residual = py / ratio[:, None] - px
-        structure = px + (1 - _share_of_x(overlap, ratio))[:, None] * residual
-        sigma = np.sqrt(overlap.vx + overlap.vy / ratio**2)
-        scatter = 1.4826 * np.median(np.abs(residual), axis=1) / sigma
-        weight = shared_weights(residual / sigma[:, None], structure / sigma[:, None], scatter, relative)
-        design = design_matrix(structure, columns, basis, weight)
-        normal = np.einsum("kcn,lcn,cn->kl", design, design, weight / sigma[:, None] ** 2, optimize=True)
-        normal += np.diag(np.append(np.zeros(len(x)), CORRELATED_CELLS / EXPECTED_DISTORTION[: len(theta)] ** 2))
-        inverse = np.linalg.pinv(normal, hermitian=True)
+        structure = (px + (1 - share_of_x(overlap, ratio))[:, None] * residual) / sigma
+        residual = residual / sigma
+        scatter = 1.4826 * np.median(np.abs(residual), axis=1)
         if len(theta):
-            pull = np.einsum("kcn,cn->k", design, residual * weight / sigma[:, None] ** 2)
-            pull[len(x) :] -= CORRELATED_CELLS * theta / EXPECTED_DISTORTION**2
-            theta = theta + (inverse @ pull)[len(x) :]
-        if np.max(np.abs(ratio / previous - 1)) < 1e-6:
+            projected = without(columns, basis, weight) / sigma
+            pull = projected.reshape(len(theta), -1) @ (residual * weight).ravel() - prior_information() * theta
+            theta = theta + inverse_information(structure, projected, weight)[len(x) :, len(x) :] @ pull
+        weight = shared_weights(residual, structure, scatter, relative)
+        if np.max(np.abs(ratio / previous - 1)) < 1e-5:
             break
-    error = standard_errors(overlap, design, inverse, residual * weight / sigma[:, None] ** 2)
-    return Fit(ratio, error, np.maximum(scatter, 1.0), same_x, same_y, residual, weight, structure_error(residual/sigma[:,None], structure/sigma[:,None], scatter))
+    return Fit(ratio, theta, same_x, same_y, residual, structure, np.maximum(scatter, 1.0), weight)
+
+
+def noise_of_difference(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
+    """Standard deviation (C, 1) that noise gives to y / ratio - x."""
+    return np.sqrt(overlap.vx + overlap.vy / ratio**2)[:, None]
+
+
+def prior_information() -> np.ndarray:
+    """Diagonal (K,) of the information that :data:`EXPECTED_DISTORTION` stands for."""
+    return CORRELATED_CELLS / EXPECTED_DISTORTION**2
+
+
+def inverse_information(structure: np.ndarray, columns: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Inverse (C + K, C + K) of the information on each channel's log ratio and on each shared coefficient.
+
+    ``structure`` (C, n) and ``columns`` (K, C, n) are in units of the noise. The prior makes it positive definite.
+    """
+    channels, shared = len(structure), len(columns)
+    information = np.zeros((channels + shared, channels + shared))
+    information[:channels, :channels] = np.diag((structure * structure) @ weight)
+    if shared:
+        weighted = columns * weight
+        across = np.sum(weighted * structure, axis=2)
+        information[channels:, :channels] = across
+        information[:channels, channels:] = across.T
+        flat = columns.reshape(shared, -1)
+        information[channels:, channels:] = weighted.reshape(shared, -1) @ flat.T + np.diag(prior_information())
+    return np.linalg.inv(information)
 
 
 def without(values: np.ndarray, basis: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Values (..., n) less their weighted least-squares fit by the basis (m, n)."""
     weighted = basis * weight
-    return values - (values @ weighted.T) @ np.linalg.pinv(weighted @ basis.T, hermitian=True) @ basis
+    gram = weighted @ basis.T
+    # the ridge keeps a plane over a single row of cells solvable
+    gram[np.diag_indices_from(gram)] += 1e-12 * np.trace(gram) + 1e-300
+    return values - (values @ weighted.T) @ np.linalg.inv(gram) @ basis
 
 
 def shared_weights(residual: np.ndarray, structure: np.ndarray, scatter: np.ndarray, relative: float) -> np.ndarray:
@@ -393,28 +438,30 @@ def shared_weights(residual: np.ndarray, structure: np.ndarray, scatter: np.ndar
     return np.where(u2 < 1, (1 - u2) ** 2, 0.0) / variance
 
 
-def design_matrix(
-    structure: np.ndarray, columns: np.ndarray, basis: np.ndarray, weight: np.ndarray
-) -> np.ndarray:
-    """Derivatives (C + K, C, n) of the residuals by each channel's log ratio and by each shared coefficient."""
-    channels = len(structure)
-    own = np.zeros((channels, *structure.shape))
-    own[np.arange(channels), np.arange(channels)] = structure
-    return np.concatenate([own, without(columns, basis, weight)])
-
-
-def standard_errors(
-    overlap: Overlap, design: np.ndarray, inverse: np.ndarray, weighted_residual: np.ndarray
-) -> np.ndarray:
+def standard_errors(overlap: Overlap, fit: Fit, columns: np.ndarray) -> np.ndarray:
     """Standard error (C,) of each log ratio: sandwich estimate, correlated neighbours and shared terms included."""
-    channels = len(weighted_residual)
+    channels = len(fit.ratio)
+    columns = columns / noise_of_difference(overlap, fit.ratio)
+    inverse = inverse_information(fit.structure, columns, fit.weight)
+    pull = fit.residual * fit.weight
+    scores = np.concatenate([fit.structure * pull, np.sum(columns * pull, axis=1)])
+    leverage = star_leverage(fit.weight * fit.structure**2, overlap.used)
     out = np.full(channels, np.inf)
-    scores = np.einsum("kcn,cn->kn", design, weighted_residual)
     for c, influence in enumerate(inverse[:channels] @ scores):
-        error = clustered_deviation(influence, overlap.used)
-        if 0 < error < MAX_PAIR_SE:
-            out[c] = error
+        error = clustered_deviation(influence / (1 - leverage[c]), overlap.used)
+        out[c] = error if error < MAX_PAIR_SE else np.inf
     return out
+
+
+def star_leverage(information: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Share (C, n) of the information (C, n) that lies within two cells, at most 0.8.
+
+    A star that decides the fit leaves no residual: residuals over 1 - leverage are those of a fit without it (the
+    jackknife; MacKinnon & White 1985).
+    """
+    image = np.zeros((len(information), *used.shape))
+    image[:, used] = information / np.maximum(information.sum(axis=1, keepdims=True), 1e-300)
+    return np.minimum(_along(image, np.ones(5))[:, used], 0.8)
 
 
 def sky_means(overlap: Overlap, fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -422,7 +469,7 @@ def sky_means(overlap: Overlap, fit: Fit) -> tuple[np.ndarray, np.ndarray, np.nd
 
     Bright cells, where an error of the gain or of the stars' shape speaks, count for less.
     """
-    sigma = np.sqrt(overlap.vx + overlap.vy / fit.ratio**2)[:, None]
+    sigma = noise_of_difference(overlap, fit.ratio)
     structure = 0.5 * (fit.x + fit.y / fit.ratio[:, None])
     structure = (structure - np.median(structure, axis=1, keepdims=True)) / sigma
     difference = (fit.y / fit.ratio[:, None] - fit.x) / sigma
@@ -465,9 +512,8 @@ def needs_plane(overlap: Overlap, fit: Fit) -> bool:
     root = np.sqrt(fit.weight)
     columns = without(plane_columns(overlap.used), np.ones((1, len(root))), fit.weight) * root
     basis = np.linalg.qr(columns.T)[0]
-    sigma = np.sqrt(overlap.vx + overlap.vy / fit.ratio**2)
-    gain = float(np.sum(((fit.residual * root / sigma[:, None]) @ basis) ** 2))
-    degrees = basis.shape[1] * len(sigma)
+    gain = float(np.sum(((fit.residual * root) @ basis) ** 2))
+    degrees = basis.shape[1] * len(fit.ratio)
     return gain > CORRELATED_CELLS * (degrees + 5 * np.sqrt(2 * degrees))
 
 

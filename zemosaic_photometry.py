@@ -28,6 +28,7 @@ gain 1. The absolute scale is the geometric mean of the tiles' own, the absolute
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -101,6 +102,12 @@ def identity_solution(tiles: int, channels: int) -> PhotometricSolution:
     )
 
 
+def namespace(array):
+    """Array namespace of an array; numpy before 2 and cupy's arrays do not tell it themselves."""
+    own = getattr(array, "__array_namespace__", None)
+    return own() if own else sys.modules[type(array).__module__.partition(".")[0]]
+
+
 def apply_photometric_normalization(data, gain, pivot, level):
     """Bring tile pixels to the common photometric system: ``(data - pivot) / gain + level``.
 
@@ -116,7 +123,7 @@ def apply_photometric_normalization(data, gain, pivot, level):
     array
         Same namespace, dtype, shape and device as ``data``.
     """
-    xp = data.__array_namespace__()
+    xp = namespace(data)
     out = xp.empty_like(data)
     # pieces that stay in a processor's cache; for a GPU they are still large
     rows = data.shape[1] if data.ndim > 1 else 1
@@ -429,10 +436,10 @@ def coverage_scale(coverage, blur):
     scale, smooth : array (H, W)
         The scale and B.
     """
-    xp = coverage.__array_namespace__()
+    xp = namespace(coverage)
     seen = coverage > 0
-    support = blur(xp.astype(seen, coverage.dtype))
     one = xp.ones_like(coverage)
+    support = blur(xp.where(seen, one, xp.zeros_like(coverage)))
     smooth = blur(coverage) / xp.where(support > 0, support, one)
     scale = xp.clip(smooth / xp.where(seen, coverage, one), 0.5, 2.0)
     return xp.where(seen, scale, one), smooth

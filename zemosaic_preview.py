@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zemosaic_utils import RunError, atomic_path
+from zemosaic_utils import atomic_path, not_written
 
 _PATCH = 4  # side in pixels of the small squares from which levels and noise are measured
 _PATCHES = 16384  # about so many of them, spread evenly: a quarter of a million pixels per channel
@@ -276,4 +276,4 @@ def save_png(image_u8: np.ndarray, path: Path | str) -> None:
             # type 3 looks for runs only: on a noisy picture a third faster than the default, and no larger
             picture.save(part, format="PNG", compress_level=1, compress_type=3)
     except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror or error}); check the folder.") from error
+        raise not_written(path, error) from error

@@ -1,7 +1,8 @@
 """What a run says while it works: one reporter for the log file, the terminal, and whoever drives the run.
 
 A message has a key (localisable by a graphical interface, may be empty), an English text, a level and fields. Stage
-counts are limited to ten a second at the source.
+counts are limited to ten a second at the source, and never fall: work that is done again, because a GPU gave up, goes
+unseen until it is further than before.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
 LEVELS = {"INFO": logging.INFO, "SUCCESS": logging.INFO, "WARN": logging.WARNING, "ERROR": logging.ERROR}
-PHASE_OF_STAGE = {
-    "phase1_scan": 1,
-    "phase2_cluster": 2,
-    "phase3_master_tiles": 3,
-    "phase4_grid": 4,
-    "phase5_intertile": 5,
-    "phase5_reproject": 5,
-    "phase6": 6,
-    "phase7": 7,
+#: Number of the phase, what is done in it, and what is counted.
+STAGES = {
+    "phase1_scan": (1, "opening the files", "file"),
+    "phase2_cluster": (2, "grouping the frames", "frame"),
+    "phase3_master_tiles": (3, "stacking the tiles", "tile"),
+    "phase4_grid": (4, "laying out the mosaic", "step"),
+    "phase5_intertile": (5, "comparing the overlaps", "tile"),
+    "phase5_reproject": (5, "resampling and coadding", "row"),
+    "phase6": (6, "saving", "file"),
+    "phase7": (7, "cleaning up", "step"),
 }
 SECONDS_BETWEEN_COUNTS = 0.1
 
@@ -47,17 +50,20 @@ class Reporter:
 
     def __init__(self, logger: logging.Logger, *callbacks: Callback) -> None:
         self.logger = logger
-        self.callbacks = callbacks
+        self.callbacks = list(callbacks)
         self.warnings: list[str] = []
-        self._last: tuple[str, float] = ("", 0.0)
+        self._counts: dict[str, int] = {}
+        self._last = 0.0
+        self._lock = threading.RLock()  # stages count in many threads; the listeners hear one message at a time
 
     def say(self, level: str, key: str, text: str, **fields: Any) -> None:
         """One message; ``text`` goes to the log, the key (or the text where there is none) to the listeners."""
-        if level == "WARN":
-            self.warnings.append(text)
-        self.logger.log(LEVELS[level], text)
-        for callback in self.callbacks:
-            callback(key or text, None, level, **{"text": text, **fields})
+        with self._lock:
+            if level == "WARN":
+                self.warnings.append(text)
+            self.logger.log(LEVELS[level], "%s", text)
+            for callback in self.callbacks:
+                callback(key or text, None, level, **{"text": text, **fields})
 
     def info(self, key: str, text: str, **fields: Any) -> None:
         self.say("INFO", key, text, **fields)
@@ -67,13 +73,13 @@ class Reporter:
 
     def stage(self, stage: str, current: int, total: int) -> None:
         """Count of a stage; the first and the last always get through."""
-        now = time.monotonic()
-        inside = self._last[0] == stage and 0 < current < total
-        if inside and now - self._last[1] < SECONDS_BETWEEN_COUNTS:
-            return
-        self._last = (stage, now)
-        for callback in self.callbacks:
-            callback("STAGE_PROGRESS", stage, int(current), total=int(total))
+        with self._lock:
+            now, before = time.monotonic(), self._counts.get(stage, -1)
+            if current <= before or (0 < current < total and now - self._last < SECONDS_BETWEEN_COUNTS):
+                return
+            self._counts[stage], self._last = current, now
+            for callback in self.callbacks:
+                callback("STAGE_PROGRESS", stage, int(current), total=int(total))
 
 
 class TerminalBar:
@@ -88,23 +94,26 @@ class TerminalBar:
         if key == "STAGE_PROGRESS":
             self._count(progress, level, fields["total"])
         elif level != "INFO":
-            self._line(f"{'' if level == 'SUCCESS' else level.lower() + ': '}{fields.get('text', key)}")
+            mark = {"WARN": "warning: ", "ERROR": "error: "}.get(level, "")
+            self._line(mark + fields.get("text", key))
 
     def _count(self, stage: str, current: int, total: int) -> None:
-        if not self._stream.isatty():
-            if stage != self._stage:
-                self._line(f"phase {PHASE_OF_STAGE.get(stage, '')} {stage}")
-            self._stage = stage
-            return
+        phase, title, unit = STAGES[stage]
         if stage != self._stage:
             self.close()
-            from tqdm import tqdm
-
             self._stage = stage
-            self._bar = tqdm(total=total, desc=f"[{PHASE_OF_STAGE.get(stage, '')}/7] {stage}", file=self._stream)
-        self._bar.total = total
-        self._bar.update(current - self._bar.n)
-        self._bar.refresh()
+            if self._stream.isatty():
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, desc=f"[{phase}/7] {title}", unit=f" {unit}", file=self._stream)
+            else:
+                self._line(f"[{phase}/7] {title}")
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(current - self._bar.n)
+            self._bar.refresh()
+            if current >= total:  # lines that follow stand below it
+                self.close()
 
     def _line(self, text: str) -> None:
         if self._bar is not None:

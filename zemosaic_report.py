@@ -18,10 +18,10 @@ LIBRARIES = ("numpy", "scipy", "astropy", "reproject", "numba", "cupy-cuda12x", 
 def describe(
     run: Run, scene: Scene, factors: Aesthetics | None, paths: dict[str, Path], version: str
 ) -> dict[str, Any]:
-    """The report of a run, without the costs of its phases (JSON types and numpy scalars)."""
+    """The report of a run that wrote ``paths``, without its costs (JSON types and numpy scalars)."""
     return {
         "program": {"name": "zemosaic-worker", "version": version},
-        "outputs": {name: path.name for name, path in paths.items() if path.is_file()},
+        "outputs": {name: path.name for name, path in paths.items()},
         "backend": {"used": run.switch.name, "reason": run.switch.reason, "fell_back": run.switch.fell_back},
         "grid": {
             "shape": list(scene.grid.shape),

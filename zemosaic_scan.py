@@ -55,7 +55,7 @@ def find_fits_files(folder: Path | str, problems: list[SetAside] | None = None) 
         `folder` is missing, no folder, or cannot be read.
     """
     folder = Path(folder)
-    _require_folder(folder)
+    require_folder(folder)
 
     def report(error: OSError) -> None:
         if problems is not None:
@@ -75,7 +75,8 @@ def find_fits_files(folder: Path | str, problems: list[SetAside] | None = None) 
     return sorted(found)
 
 
-def _require_folder(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
+    """Raise `UsageError` where a folder is missing, no folder, or cannot be read."""
     if not folder.exists():
         raise UsageError(f"The input folder {folder} does not exist.")
     if not folder.is_dir():

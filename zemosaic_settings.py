@@ -377,7 +377,7 @@ def _contradictions(s: Settings) -> list[tuple[bool, str]]:
             f"engine = 'reproject' has no kernel = '{s.kernel}': use engine = 'native' or bilinear.",
         ),
         (
-            reproject and s.combine_method in ("sigma_clip", "winsorized"),
+            reproject and s.combine_method != "mean",
             f"engine = 'reproject' has no combine_method = '{s.combine_method}': use engine = 'native'.",
         ),
     ]

@@ -265,6 +265,7 @@ def write_json(path: Path | str, obj: Any) -> None:
     text = json.dumps(to_jsonable(obj), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         with atomic_path(path) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+            # a file name that is no UTF-8 (Linux) comes as lone surrogates: they become JSON's own escapes
+            part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise not_written(path, error) from error

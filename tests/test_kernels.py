@@ -204,7 +204,7 @@ def test_pixel_of_weight_zero_is_no_data(image, inner):
 # ----------------------------------------------------------------------------------------------------- coarse cells
 
 
-def test_cell_sums_are_those_of_the_resampled_pixels(rng, image):
+def test_measured_sums_are_those_of_the_resampled_pixels(rng, image):
     image[:, 4:6, 7:9] = np.nan
     step, cell = 8, 4
     j, i = np.mgrid[0:7, 0:8]
@@ -214,7 +214,7 @@ def test_cell_sums_are_those_of_the_resampled_pixels(rng, image):
     values, weights = sample(image, 0.6 * y - 2.1, 0.7 * x - 1.3)
     wanted = (rng.random((6, 8)) < 0.8).astype(np.uint8)
     sums, counts = np.zeros((2, 6, 8)), np.zeros((6, 8))
-    k.measure_cells(image, (0, 0), (23, 31), mesh, cell, (0, 0), wanted, sums, counts)
+    k.measure_cells(image, (0, 0), (23, 31), mesh, cell, (0, 0), wanted, (0, 6, 0, 8), sums, counts)
     seen = weights.reshape(6, 4, 8, 4) > 0
     expected = np.where(seen, values.astype(float).reshape(2, 6, 4, 8, 4), 0).sum(axis=(2, 4))
     assert np.array_equal(counts, seen.sum(axis=(1, 3)) * wanted)
