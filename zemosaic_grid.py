@@ -28,6 +28,8 @@ from zemosaic_utils import UsageError
 #: Largest accepted error of an interpolated coordinate, in tile pixels. Beside a bright star 1e-3 pixel is 1e-3 of the
 #: image's robust range; astropy's own inverse of a distortion is good to a few 1e-6.
 MESH_TOLERANCE = 1e-5
+#: A mosaic with this many times the pixels of all tiles together holds a tile that does not belong there.
+ABSURDLY_EMPTY = 50
 #: Largest distance between mesh nodes, in output pixels.
 MESH_STEP = 64
 
@@ -68,7 +70,8 @@ def choose_output_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
     Raises
     ------
     UsageError
-        The mosaic would have more than ``max_output_gigapixels``; the sentence names the tile farthest out.
+        The mosaic would have more than ``max_output_gigapixels``, or be nearly empty; the sentence names the tile
+        farthest out.
     """
     if settings.output_wcs_file:
         wcs, shape = read_wcs_file(settings.output_wcs_file)
@@ -81,7 +84,8 @@ def choose_output_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
         refuse_scattered(tiles, settings.max_output_gigapixels, wanted_scale(tiles, settings))
         grid = optimal_grid(tiles, settings)
     pixels = grid.shape[0] * grid.shape[1]
-    if pixels > settings.max_output_gigapixels * 1e9:
+    given = sum(tile.shape[0] * tile.shape[1] for tile in tiles)
+    if pixels > settings.max_output_gigapixels * 1e9 or pixels > max(ABSURDLY_EMPTY * given, 1e8):
         raise UsageError(too_large(tiles, pixels, settings.max_output_gigapixels))
     return grid
 

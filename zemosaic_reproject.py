@@ -186,7 +186,7 @@ def coadd_block(
     shape = (block[1] - block[0], block[3] - block[2])
     if not touching:
         return np.full((channels, *shape), np.nan, np.float32), np.zeros(shape, np.float32)
-    
+
     def read(k: int) -> tuple[np.ndarray, Part] | None:
         return tile_part(placed[k], block, options, store, None if solution is None else solution.row(k))
 

@@ -160,11 +160,25 @@ def survey_tile(tile: Tile, store: PixelStore) -> TileSurvey:
         valid[y0 // WEIGHT_CELL : y0 // WEIGHT_CELL + some.shape[0]] = some
         line = strip[:, :: max(height // 128, 1)]
         differences.append((line[..., 1:-1] - 0.5 * (line[..., :-2] + line[..., 2:])).reshape(tile.channels, -1))
-    noise = np.zeros(tile.channels)
-    if differences:
-        # variance of the difference: (1 + 1/4 + 1/4) sigma^2
-        noise = 1.4826 * np.nanmedian(np.abs(np.concatenate(differences, axis=1)), axis=1) / np.sqrt(1.5)
-    return TileSurvey(valid, np.nan_to_num(noise.astype(float)), pixels, float(high - low) if pixels else 0.0)
+    spread = float(high - low) if pixels else 0.0
+    return TileSurvey(valid, noise_of(differences, tile.channels, spread), pixels, spread)
+
+
+def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) -> np.ndarray:
+    """Noise of a pixel, float64 (C,), from the differences of pixels and their neighbours' means.
+
+    Where most of them are 0 (whole numbers coarser than the noise, a rounded or a synthetic image), the noise is that
+    of the rounding; it is 0 only where the tile is constant, since the solver divides by it.
+    """
+    if not differences:
+        return np.zeros(channels)
+    sizes = np.abs(np.concatenate(differences, axis=1)).astype(float)
+    # variance of the difference: (1 + 1/4 + 1/4) sigma^2
+    noise = np.nan_to_num(1.4826 * np.nanmedian(sizes, axis=1) / np.sqrt(1.5))
+    # the smallest difference is half a step of q, and the rounding's noise q / sqrt(12)
+    step = np.min(np.where(sizes > 0, sizes, np.inf), axis=1)
+    rounding = np.where(np.isfinite(step), step / np.sqrt(3), 0.0)
+    return np.where(noise > 0, noise, np.maximum(rounding, 1e-6 * spread))
 
 
 def weighted(

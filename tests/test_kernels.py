@@ -326,6 +326,13 @@ def test_sigma_clip_uses_the_limit_of_each_side(sign):
     assert combine(values, weights, k.SIGMA_CLIP, (high, low, 0, 0))[0] == pytest.approx(sign * 9 / 6)
 
 
+def test_sigma_clip_looks_first_at_what_is_farther_beyond_its_own_limit():
+    """9 is farther out than -8, but its limit is wider: with -8 still there it would pass, and with it -8."""
+    values = np.array([-8, *np.linspace(-1, 1, 10), 9]).reshape(12, 1, 1, 1)
+    got = combine(values, np.ones((12, 1, 1)), k.SIGMA_CLIP, (2, 6, 0, 0))[0]
+    assert got == pytest.approx(0, abs=1e-6)
+
+
 ORDERLESS = (k.MEAN, k.MEDIAN, k.SIGMA_CLIP, k.WINSORIZED, k.MINIMUM, k.MAXIMUM)
 whole = st.integers(-1000, 1000)
 
