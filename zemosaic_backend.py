@@ -140,24 +140,28 @@ class CudaBackend:
         self._lost = ""
         self._staged: deque[tuple[Any, Any, Any]] = deque()
         self._kept: OrderedDict[int, tuple[np.ndarray, Any]] = OrderedDict()
-        with starting(), self.guard("start", select=False):
-            self._device = cupy.cuda.Device(device_id)
-            self._device.use()
+        self._device = cupy.cuda.Device(device_id)
+        with self.guard("start", *start_errors()):
             self._copies = cupy.cuda.Stream(non_blocking=True)
-            self._kernels = {name: exact(kernel) for name, kernel in cuda_kernels(cuda).items()}
+            self._kernels = cuda_kernels(cuda)
+            for kernel in self._kernels.values():
+                if "lto" in kernel.targetoptions:
+                    kernel.targetoptions["lto"] = False  # the linker would fuse what `uncontracted` keeps apart
             self._prove()
 
     @contextmanager
-    def guard(self, what: str, select: bool = True) -> Iterator[None]:
-        """Turn what the device raises during ``what`` into :class:`DeviceFailure`; a failed device is left alone."""
+    def guard(self, what: str, *also: type[Exception]) -> Iterator[None]:
+        """Turn what the device raises during ``what`` into :class:`DeviceFailure`; a failed device is left alone.
+
+        ``also`` are classes of exceptions that count as device errors, too.
+        """
         if self._lost:
             raise DeviceFailure(self._lost)
         try:
-            if select:
-                self._device.use()
+            self._device.use()
             yield
         except Exception as error:
-            if not is_device_error(error):
+            if not (is_device_error(error) or isinstance(error, also)):
                 raise
             self._lost = f"{what}: {sentence(error)}"
             raise DeviceFailure(self._lost) from error
@@ -321,15 +325,11 @@ def is_device_error(error: BaseException) -> bool:
     return any(module == name or module.startswith(f"{name}.") for module in modules for name in DEVICE_PACKAGES)
 
 
-@contextmanager
-def starting() -> Iterator[None]:
-    """A device that cannot even be started is not there, whatever the library raises to say so."""
+def start_errors() -> tuple[type[Exception], ...]:
+    """What else may be raised where a card is started that cannot be: a library or a compiler is missing or too old."""
     from numba.core.errors import NumbaError
 
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError, NumbaError) as error:
-        raise DeviceFailure(f"start: {sentence(error)}") from error
+    return ImportError, OSError, RuntimeError, NumbaError
 
 
 def sentence(error: BaseException) -> str:
@@ -346,13 +346,6 @@ def slabs(start: int, stop: int, row_work: int) -> Iterator[tuple[int, int]]:
     rows = max(MAX_LAUNCH_PIXELS // max(row_work, 1), 1)
     for top in range(start, stop, rows):
         yield top, min(top + rows, stop)
-
-
-def exact(kernel: Any) -> Any:
-    """The kernel set to be compiled through PTX, where :func:`uncontracted` has its effect, not by the linker (LTO)."""
-    if "lto" in kernel.targetoptions:
-        kernel.targetoptions["lto"] = False
-    return kernel
 
 
 @contextmanager

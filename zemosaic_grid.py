@@ -85,7 +85,8 @@ def choose_output_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
         grid = optimal_grid(tiles, settings)
     pixels = grid.shape[0] * grid.shape[1]
     given = sum(tile.shape[0] * tile.shape[1] for tile in tiles)
-    if pixels > settings.max_output_gigapixels * 1e9 or pixels > max(ABSURDLY_EMPTY * given, 1e8):
+    empty = not settings.output_wcs_file and pixels > max(ABSURDLY_EMPTY * given, 1e8)
+    if empty or pixels > settings.max_output_gigapixels * 1e9:
         raise UsageError(too_large(tiles, pixels, settings.max_output_gigapixels))
     return grid
 
@@ -156,9 +157,9 @@ def too_large(tiles: Sequence[Tile], pixels: float, limit: float) -> str:
     distance = centres.separation(middle_of(centres)).deg
     worst = int(np.argmax(distance))
     return (
-        f"the mosaic would have {pixels / 1e9:.3g} gigapixels (limit {limit:g}): {tiles[worst].name} lies "
-        f"{distance[worst]:.1f} degrees from the others; remove it, or set a coarser global_wcs_res_override or a "
-        "larger max_output_gigapixels"
+        f"the mosaic would have {pixels / 1e9:.3g} gigapixels (max_output_gigapixels is {limit:g}), absurdly many: "
+        f"{tiles[worst].name} lies {distance[worst]:.1f} degrees from the others; remove it, set a coarser "
+        "global_wcs_res_override, or give the output in an output_wcs_file"
     )
 
 

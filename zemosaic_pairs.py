@@ -219,10 +219,8 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     if a.area is not None and b.area is not None:
         (ya, xa), (yb, xb) = overlap_windows(a, b)
         y = y + (np.where(both, a.area[ya, xa] / b.area[yb, xb], 1.0) - 1.0) * small_scale(y)
-    inner = ndimage.binary_erosion(both, np.ones((3, 3), bool))
-    used = inner if np.count_nonzero(inner) >= max(0.5 * np.count_nonzero(both), MIN_CELLS) else both
     vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
-    return Overlap(x, y, thinned(used), vx, vy)
+    return Overlap(x, y, thinned(both), vx, vy)
 
 
 def thinned(used: np.ndarray) -> np.ndarray:

@@ -130,7 +130,7 @@ def apply_photometric_normalization(data, gain, pivot, level):
     step = max(1, NORMALISED_AT_ONCE * rows // max(data.size // data.shape[0], 1))
     for c in range(data.shape[0]):
         for row in range(0, rows, step):
-            piece = (c, slice(row, row + step), ...) if data.ndim > 1 else (c,)
+            piece = (c, slice(row, min(row + step, rows)), ...) if data.ndim > 1 else (c,)
             out[piece] = (data[piece] - float(pivot[c])) * (1.0 / float(gain[c])) + float(level[c])
     return out
 

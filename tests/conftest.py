@@ -32,7 +32,7 @@ def xp(request):
             name="array_api_strict",
             module=strict,
             to=lambda array: strict.asarray(array, device=device),
-            back=lambda array: np.asarray(strict.to_device(array, strict.Device("CPU_DEVICE"))),
+            back=lambda array: np.asarray(array.to_device(strict.Device("CPU_DEVICE"))),
         )
     require_card()
     import cupy

@@ -59,6 +59,7 @@ class Card:
         self.failed_at = None
         self.fault = None
         self.compiled = []
+        self.devices_used = set()
         self.threads = Counter()
         self.free_memory = 1 << 30
         self.local = threading.local()
@@ -294,6 +295,7 @@ def fake_cupy(card):
         card.touch("allocate")
         device, dtype = card.current_device(), np.dtype(dtype)
         nbytes = int(np.prod(shape)) * dtype.itemsize
+        card.devices_used.add(device)
         allocation = card.device_pool.take((device, card.current_stream().ptr), nbytes)
         return ndarray(card, device, allocation, allocation.memory[:nbytes].view(dtype).reshape(shape))
 

@@ -19,12 +19,14 @@ from astropy.io import fits
 from fake_cuda import PACES, Card, CUDARuntimeError, OutOfMemoryError
 
 import zemosaic_backend
-from zemosaic_backend import BackendSwitch, CpuBackend
+from zemosaic_backend import BackendSwitch, CpuBackend, DeviceFailure
 from zemosaic_demo import Layout, make_panels, make_sky, mosaic_shape, write_panels
 from zemosaic_fits import array_tile
+from zemosaic_grid import exact_mesh
+from zemosaic_measure import measure_tile, overlap_counts
 from zemosaic_photometry import coverage_gain, coverage_scale, identity_solution
 from zemosaic_reproject import CoaddOptions, coadd
-from zemosaic_tiles import PixelStore, place_tiles
+from zemosaic_tiles import PixelStore, place_tiles, survey_tile
 from zemosaic_worker import run_hierarchical_mosaic
 
 OPTIONS = {
@@ -118,7 +120,7 @@ def test_another_card_and_another_thread(monkeypatch, scenes, phase5, on_cpu, sa
     assert switch.reason == "Toy 2000"
     with ThreadPoolExecutor(1) as pool:
         same(pool.submit(phase5, switch, scenes["plain"]).result(), on_cpu(scenes["plain"]))
-    assert not card.default_stream._queue
+    assert card.devices_used == {1}
 
 
 def test_long_launches_are_cut(monkeypatch, card, scenes, phase5, on_cpu, same):
@@ -138,6 +140,34 @@ def test_meshes_and_maps_are_uploaded_once(card, scenes, phase5):
     assert len(parts) > 2 * len(result.placed) and len(meshes) == len(result.placed)
     # pixels of every part and of every measured tile with its mask; meshes, no alpha, no map
     assert card.calls["upload"] == len(parts) + 2 * len(result.placed) + len(meshes) + 2
+
+
+def test_exact_meshes(card, scenes):
+    """A node for every output pixel: blocks get the part that they need."""
+    scene = scenes["sip, turned, borders"]
+    store, results = PixelStore(10**8), []
+    placed = [
+        replace(item, mesh=exact_mesh(item.tile, scene.grid, item.rect))
+        for item in place_tiles(scene.tiles, scene.grid)
+    ]
+    counts = overlap_counts(placed, scene.grid.shape, 4)
+    for backend in (gpu_switch().gpu, CpuBackend()):
+        image = np.zeros((3, *scene.grid.shape))
+
+        def sink(block, values, weights, image=image):
+            image[:, block[0] : block[1], block[2] : block[3]] = values
+
+        coadd(placed, None, scene.grid.shape, CoaddOptions(), store, backend, sink, 60_000)
+        facts = survey_tile(placed[2].tile, store)
+        results.append((image, measure_tile(placed[2], facts, counts, 4, store, backend).means))
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*results, strict=True))
+    assert np.isfinite(results[0][0]).any() and np.isfinite(results[0][1]).any()
+
+
+def test_kernels_are_compiled_without_fused_multiply_add(card, scenes, phase5):
+    phase5(gpu_switch(), scenes["plain"])
+    assert len(card.compiled) >= 3
+    assert all(options["fma"] == 0 and not options["lto"] and not options["fastmath"] for options in card.compiled)
 
 
 def test_kernels_as_plain_python(monkeypatch, scenes, phase5, same):
@@ -395,6 +425,25 @@ def test_a_fault_at_any_call(monkeypatch, kind, where, calls_of_a_run, scenes, p
     assert [key for key, _ in said] == ["phase5_gpu_fallback"]
     assert str(error) in said[0][1] and "\n" not in said[0][1]
     assert identical(result, on_cpu(scenes["weights"], OPTIONS["median"]))
+
+
+def test_any_error_of_the_libraries_is_a_fault(card):
+    """Also one that a step meets outside the backend's methods; and a failed device is not asked again."""
+    said = []
+    switch = gpu_switch(said)
+    gpu = switch.gpu
+
+    def step(backend):
+        if backend is gpu:
+            raise CUDARuntimeError("an array of cupy was used")
+        return backend.name
+
+    assert switch.run(step) == switch.run(step) == "cpu"
+    assert len(said) == 1
+    before = card.touched
+    with pytest.raises(DeviceFailure, match="an array of cupy was used"):
+        gpu.upload(np.ones(3))
+    assert card.touched == before
 
 
 def test_a_fault_while_the_device_is_released(card, scenes, phase5, on_cpu):
