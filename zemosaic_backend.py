@@ -52,10 +52,7 @@ class NoGpuSupport(DeviceFailure):
 class CpuBackend:
     """Pixels in numpy arrays, kernels on the CPU (they release the interpreter lock: call them from many threads).
 
-    Parameters
-    ----------
-    compiled : bool
-        False: the kernels run as ordinary Python, for a few pixels.
+    Without ``compiled`` the kernels run as ordinary Python, for a few pixels.
     """
 
     name = "cpu"
@@ -114,15 +111,8 @@ class CpuBackend:
 class CudaBackend:
     """Pixels in cupy arrays, the same kernels compiled for CUDA.
 
-    Work is queued on the calling thread's current stream (cupy's default stream), copies to the device on a stream of
-    their own. The device is the one that cupy has made current in the calling thread; numba follows it.
-
-    Parameters
-    ----------
-    cupy, cuda : module
-        ``cupy`` and ``numba.cuda``, or stand-ins with the same interface.
-    device_id : int
-        Which card.
+    ``cupy`` and ``cuda`` are the modules cupy and numba.cuda. Work is queued on cupy's current stream, copies to the
+    device on a stream of their own. cupy makes the device current in every thread that calls; numba follows it.
 
     Raises
     ------
@@ -133,15 +123,18 @@ class CudaBackend:
     name = "gpu"
     parallel_blocks = False
 
-    def __init__(self, cupy: Any, cuda: Any, device_id: int = 0) -> None:
+    def __init__(self, cupy: Any, cuda: Any, device_id: int = 0, description: str = "") -> None:
+        from numba.core.errors import NumbaError
+
         from zemosaic_kernels import cuda_kernels
 
-        self._cupy, self._cuda, self.device_id = cupy, cuda, device_id
+        self._cupy, self._cuda, self.device_id, self.description = cupy, cuda, device_id, description
         self._lost = ""
         self._staged: deque[tuple[Any, Any, Any]] = deque()
         self._kept: OrderedDict[int, tuple[np.ndarray, Any]] = OrderedDict()
         self._device = cupy.cuda.Device(device_id)
-        with self.guard("start", *start_errors()):
+        # a library or a compiler that is missing or too old may say so in any of these ways
+        with self.guard("start", ImportError, OSError, RuntimeError, NumbaError):
             self._copies = cupy.cuda.Stream(non_blocking=True)
             self._kernels = cuda_kernels(cuda)
             for kernel in self._kernels.values():
@@ -151,10 +144,7 @@ class CudaBackend:
 
     @contextmanager
     def guard(self, what: str, *also: type[Exception]) -> Iterator[None]:
-        """Turn what the device raises during ``what`` into :class:`DeviceFailure`; a failed device is left alone.
-
-        ``also`` are classes of exceptions that count as device errors, too.
-        """
+        """Turn device errors (and ``also``) during ``what`` into :class:`DeviceFailure`; a failed device is left alone."""
         if self._lost:
             raise DeviceFailure(self._lost)
         try:
@@ -172,18 +162,11 @@ class CudaBackend:
             if not np.array_equal(found, expected, equal_nan=True):
                 raise DeviceFailure("start: the device does not compute what the CPU does")
 
-    @property
-    def description(self) -> str:
-        """Name of the card."""
-        with self.guard("identify"):
-            return card_name(self._cupy, self.device_id)
-
     def upload(self, array: np.ndarray):
         """Copy to the device while the kernels already launched run.
 
-        The pixels go through page-locked memory (no other copy is asynchronous) to a staging array on the copy
-        stream, and from there, once they have arrived, into an array that belongs to the stream of the kernels. Both
-        intermediate copies are held until that is done; whoever uses the array need not know of the copy stream.
+        The pixels go through page-locked memory (no other copy is asynchronous) to a staging array of the copy stream
+        and, once they have arrived, into an array of the kernels' stream. Both intermediate copies are held until then.
         """
         cupy = self._cupy
         with self.guard("upload"):
@@ -313,32 +296,16 @@ class CudaBackend:
             self._cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
-# ------------------------------------------------------------------------------------------------ what can go wrong
-
-
 def is_device_error(error: BaseException) -> bool:
-    """Whether an exception comes from the libraries that drive the device, by where its class is defined.
-
-    The classes differ from version to version; their packages do not.
-    """
+    """Whether a library that drives the device defines the exception's class; the classes vary with its version."""
     modules = [cls.__module__ for cls in type(error).__mro__]
     return any(module == name or module.startswith(f"{name}.") for module in modules for name in DEVICE_PACKAGES)
-
-
-def start_errors() -> tuple[type[Exception], ...]:
-    """What else may be raised where a card is started that cannot be: a library or a compiler is missing or too old."""
-    from numba.core.errors import NumbaError
-
-    return ImportError, OSError, RuntimeError, NumbaError
 
 
 def sentence(error: BaseException) -> str:
     """Class and message of an exception on one line."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-# ------------------------------------------------------------------------------------------------------- the device
 
 
 def slabs(start: int, stop: int, row_work: int) -> Iterator[tuple[int, int]]:
@@ -350,10 +317,7 @@ def slabs(start: int, stop: int, row_work: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def uncontracted(cuda: Any) -> Iterator[None]:
-    """Have whatever numba compiles here compiled without fused multiply-add, so that it rounds as the CPU does.
-
-    NVVM fuses unless it gets ``-fma=0``, which numba has no option for.
-    """
+    """Have numba compile without fused multiply-add (NVVM's ``-fma=0``, for which it has no option), as for the CPU."""
     nvvm = cuda.cudadrv.nvvm
     compile_ir = getattr(nvvm, "compile_ir", None)
     if compile_ir is None:
@@ -387,19 +351,8 @@ def trial(backend: Any) -> list[np.ndarray]:
     return [backend.download(array) for array in (values, weights, out, sums, counts)]
 
 
-def card_name(cupy: Any, number: int) -> str:
-    name = cupy.cuda.runtime.getDeviceProperties(number)["name"]
-    return name.decode() if isinstance(name, bytes) else str(name)
-
-
 def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:
-    """The CUDA backend.
-
-    Parameters
-    ----------
-    device_id : int
-    selector : str
-        Part of the card's name; takes precedence where it is found.
+    """The CUDA backend on the card with this number, or on the first whose name holds ``selector``.
 
     Raises
     ------
@@ -417,7 +370,7 @@ def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:
     warnings.filterwarnings("ignore", message="Grid size .* will likely result in GPU under-utilization")
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-        names = [card_name(cupy, number) for number in range(count)]
+        names = [cupy.cuda.runtime.getDeviceProperties(number)["name"].decode() for number in range(count)]
     except Exception as error:
         if not is_device_error(error):
             raise
@@ -426,7 +379,7 @@ def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:
         device_id = next((k for k, name in enumerate(names) if selector.lower() in name.lower()), device_id)
     if not 0 <= device_id < count:
         raise DeviceFailure(f"there is no card number {device_id}: {count} found")
-    return CudaBackend(cupy, cuda, device_id)
+    return CudaBackend(cupy, cuda, device_id, names[device_id])
 
 
 @dataclass
@@ -459,10 +412,8 @@ class BackendSwitch:
         try:
             self.gpu = self.opener()
             self.reason = self.gpu.description
-        except NoGpuSupport as absence:
-            self._fall_back(str(absence), aloud=self.mode == "on")
         except DeviceFailure as failure:
-            self._fall_back(str(failure), aloud=True)
+            self._fall_back(failure)
 
     @property
     def name(self) -> str:
@@ -478,15 +429,14 @@ class BackendSwitch:
                     self.gpu.synchronize()
                 return result
             except DeviceFailure as failure:
-                self._fall_back(str(failure), aloud=True)
+                self._fall_back(failure)
         return step(self.cpu)
 
-    def _fall_back(self, reason: str, aloud: bool) -> None:
-        self.gpu = None
-        self.fell_back = aloud
-        self.reason = reason
-        if aloud:
-            self.tell("phase5_gpu_fallback", f"the GPU is not used, the CPU does the work: {reason}")
+    def _fall_back(self, failure: DeviceFailure) -> None:
+        self.gpu, self.reason = None, str(failure)
+        self.fell_back = self.mode == "on" or not isinstance(failure, NoGpuSupport)
+        if self.fell_back:
+            self.tell("phase5_gpu_fallback", f"the GPU is not used, the CPU does the work: {failure}")
 
     def close(self) -> None:
         """Release the device; a device that fails while it is released has done its work."""

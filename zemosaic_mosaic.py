@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,41 @@ class Scene:
 # --------------------------------------------------------------------------------------------------------- Phase 4
 
 
+def trimmed(run: Run, tiles: Sequence[Tile]) -> list[Tile]:
+    """The tiles without their borders, where ``apply_master_tile_crop`` is on."""
+    if not run.settings.apply_master_tile_crop:
+        return list(tiles)
+    return [cropped(tile, run.settings.master_tile_crop_percent) for tile in tiles]
+
+
+@contextmanager
+def surveying(run: Run, tiles: Sequence[Tile], store: PixelStore) -> Iterator[dict[Tile, Future]]:
+    """Look at the pixels of every tile on all cores, while the caller computes coordinates on one.
+
+    Gives, for each tile, the future of its :class:`TileSurvey` or of the :class:`UnusableFile` that it turned out to
+    be; all are done when the context ends.
+    """
+
+    def look(tile: Tile) -> TileSurvey | UnusableFile | None:
+        try:
+            return None if run.cancelled() else survey_tile(tile, store)
+        except UnusableFile as error:
+            return error
+
+    pool = ThreadPoolExecutor(max(run.jobs, 1), thread_name_prefix="survey")
+    try:
+        looks = {tile: pool.submit(look, tile) for tile in tiles}
+        yield looks
+        wait(looks.values())
+        run.check()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def lay_out(run: Run, tiles: Sequence[Tile]) -> tuple[OutputGrid, list[PlacedTile]]:
     """Output grid and place of every tile; tiles outside a given output are set aside."""
     settings, reporter = run.settings, run.reporter
     reporter.stage("phase4_grid", 0, 2)
-    if settings.apply_master_tile_crop:
-        tiles = [cropped(tile, settings.master_tile_crop_percent) for tile in tiles]
     grid = choose_output_grid(tiles, settings)
     reporter.stage("phase4_grid", 1, 2)
     placed = []
@@ -130,10 +160,11 @@ def lay_out(run: Run, tiles: Sequence[Tile]) -> tuple[OutputGrid, list[PlacedTil
 # --------------------------------------------------------------------------------------------------------- Phase 5
 
 
-def normalise(run: Run, grid: OutputGrid, placed: Sequence[PlacedTile]) -> Scene:
-    """Survey, measure and solve: steps 1 and 2 of Phase 5."""
-    store = PixelStore(int(STORE_SHARE * run.settings.memory_budget))
-    placed, surveys = survey(run, placed, store)
+def normalise(
+    run: Run, grid: OutputGrid, placed: Sequence[PlacedTile], looks: dict[Tile, Future], store: PixelStore
+) -> Scene:
+    """Weights, coarse measurement and photometric solution: steps 1 and 2 of Phase 5."""
+    placed, surveys = usable(run, placed, [looks[item.tile].result() for item in placed])
     placed = [weigh(run.settings, item, facts) for item, facts in zip(placed, surveys, strict=True)]
     solution = solve(run, grid, placed, surveys, store)
     if run.settings.tile_weight_mode == "inverse_variance" and run.settings.enable_tile_weighting:
@@ -147,17 +178,10 @@ def normalise(run: Run, grid: OutputGrid, placed: Sequence[PlacedTile]) -> Scene
     return Scene(grid, [placed[k] for k in keep], [surveys[k] for k in keep], store, solution.subset(keep), names)
 
 
-def survey(run: Run, placed: Sequence[PlacedTile], store: PixelStore) -> tuple[list[PlacedTile], list[TileSurvey]]:
-    """Look at the pixels of every tile; those without any usable pixel are set aside."""
-
-    def look(item: PlacedTile) -> TileSurvey | UnusableFile:
-        try:
-            return survey_tile(item.tile, store)
-        except UnusableFile as error:
-            return error
-
-    found = run_parallel(look, placed, run.jobs, run.cancelled)
-    run.check()
+def usable(
+    run: Run, placed: Sequence[PlacedTile], found: Sequence[TileSurvey | UnusableFile]
+) -> tuple[list[PlacedTile], list[TileSurvey]]:
+    """The tiles with usable pixels and their surveys; the others are set aside."""
     seen = [f.spread > 0 for f in found if isinstance(f, TileSurvey) and f.pixels]
     good: list[tuple[PlacedTile, TileSurvey]] = []
     for item, facts in zip(placed, found, strict=True):
@@ -278,6 +302,7 @@ def coadd_to_disk(
     image: Path,
     header: fits.Header,
     coverage: tuple[Path, fits.Header] | None,
+    preview: Path | None,
     adjust: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> CoaddResult:
     """Step 3 of Phase 5 and the writing of Phase 6, block by block, as one step on one backend.
@@ -288,6 +313,8 @@ def coadd_to_disk(
         The mosaic's file and its header.
     coverage : (path, header), optional
         Where the sum of weights goes.
+    preview : Path, optional
+        Where the picture goes; it is made while the disk takes in the rest.
     adjust : callable, optional
         Applied to every finished block (colour balance of the aesthetic mosaic).
     """
@@ -340,7 +367,13 @@ def coadd_to_disk(
                 )
             run.check()
             run.reporter.stage("phase5_reproject", rows_before + shape[0], rows_total)
-        return CoaddResult(canvas.preview.image(), canvas.coarse_coverage())
+            picture = canvas.preview.image()
+            with ThreadPoolExecutor(1, thread_name_prefix="preview") as pool:
+                saved = pool.submit(save_preview, settings, picture, preview) if preview else None
+                stack.close()
+            if saved:
+                saved.result()
+        return CoaddResult(picture, canvas.coarse_coverage())
 
     return run.switch.run(step)
 
@@ -511,9 +544,7 @@ def warn_of_rounding(run: Run, image: np.ndarray) -> None:
         )
 
 
-def save_preview(run: Run, image: np.ndarray, path: Path) -> None:
+def save_preview(settings: Settings, image: np.ndarray, path: Path) -> None:
     """Auto-stretched PNG of the mosaic."""
-    settings = run.settings
-    save_png(
-        stretch(image, settings.preview_png_p_low, settings.preview_png_p_high, settings.preview_png_asinh_a), path
-    )
+    picture = stretch(image, settings.preview_png_p_low, settings.preview_png_p_high, settings.preview_png_asinh_a)
+    save_png(picture, path)

@@ -207,8 +207,8 @@ def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation |
 def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.ndarray, both: np.ndarray) -> Overlap:
     """Smooth both tiles alike, so that no star is cut by a cell's edge.
 
-    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. The outermost
-    cells lend their neighbours a derivative and do not enter the fit themselves, where there are enough without them.
+    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. Where the tiles
+    know the solid angle of their pixels, the stars of ``b`` are scaled by its ratio, the nebula is not.
     """
     support = _along(both.astype(float), BINOMIAL)
     support[support == 0] = 1.0

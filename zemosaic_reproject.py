@@ -256,11 +256,8 @@ def _layered_block(
         if found is not None:
             source, part = found
             backend.resample(backend.upload(source), part, values[n], weights[n], False)
-    xp = values.__array_namespace__()
     out = backend.zeros((channels + 1, *shape))
-    # sorting moves the weights with the values, in every channel differently
-    ordered = xp.stack([weights] * channels, axis=1)
-    backend.combine(values, ordered, methods[options.combine], options.limits, out)
+    backend.combine(values, weights, methods[options.combine], options.limits, out)
     out = backend.download(out)
     return out[:channels], out[channels]
 
@@ -281,7 +278,14 @@ def coadd(
 
     ``sink`` is called once for every block, in any order, from several threads on the CPU. Peak memory is
     ``bytes_for_blocks`` for all blocks under way together. ``cancelled`` is asked between blocks.
+
+    Raises
+    ------
+    ValueError
+        The solution belongs to another number of tiles.
     """
+    if solution is not None and len(solution.gain) != len(placed):
+        raise ValueError(f"a solution of {len(solution.gain)} tiles for {len(placed)} tiles")
     workers = jobs if backend.parallel_blocks else 1
     blocks = plan_blocks(shape, placed, options, max(bytes_for_blocks // workers, 1))
 

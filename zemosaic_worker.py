@@ -7,23 +7,28 @@ calls; docs/architecture.md draws the house.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from zemosaic_progress import STAGES, JsonLines, Reporter, TerminalBar
-from zemosaic_settings import SETTINGS, Settings, load_config, parse_overrides
+from zemosaic_settings import Settings, load_config, parse_overrides
+from zemosaic_surroundings import (
+    log_file,
+    log_start,
+    prepare_output,
+    program_version,
+    scratch_folder,
+    usable_input,
+    worker_count,
+)
 from zemosaic_utils import Cancelled, UsageError, ZeMosaicError, not_written, to_jsonable, write_json
 
 __all__ = ["MosaicResult", "main", "run_hierarchical_mosaic"]
@@ -126,8 +131,11 @@ def run_phases(
     cancelled: Callable[[], bool],
 ) -> MosaicResult:
     """The seven phases, in order."""
+    from threadpoolctl import threadpool_limits
+
     from zemosaic_backend import BackendSwitch, open_cuda
     from zemosaic_mosaic import (
+        STORE_SHARE,
         Run,
         aesthetic_factors,
         aesthetic_solution,
@@ -137,12 +145,14 @@ def run_phases(
         normalise,
         output_paths,
         product_header,
-        save_preview,
+        surveying,
+        trimmed,
         wants_aesthetic,
         warn_of_rounding,
     )
     from zemosaic_report import describe, history_lines
     from zemosaic_telemetry import PhaseClock, ResourceMonitor
+    from zemosaic_tiles import PixelStore
 
     started = time.monotonic()
     switch = BackendSwitch(
@@ -153,6 +163,8 @@ def run_phases(
     run = Run(settings, output, reporter, switch, worker_count(settings), cancelled)
     csv = output / "resource_telemetry.csv"
     with ExitStack() as stack:
+        # our own threads use the cores; the linear algebra of small systems must not compete with them
+        stack.enter_context(threadpool_limits(1))
         monitor = None
         if settings.enable_resource_telemetry:
             monitor = stack.enter_context(
@@ -170,8 +182,11 @@ def run_phases(
 
         with clock.phase("phase1_scan"):
             tiles = scan(run, source, output, scratch)
+        store = PixelStore(int(STORE_SHARE * settings.memory_budget))
         with clock.phase("phase4_grid"):
-            grid, placed = lay_out(run, tiles)
+            tiles = trimmed(run, tiles)
+            with surveying(run, tiles, store) as looks:
+                grid, placed = lay_out(run, tiles)
         with clock.phase("phase5_intertile"):
             switch.start()
             if monitor:
@@ -179,10 +194,11 @@ def run_phases(
                 monitor.update(use_gpu=on_gpu, use_gpu_phase5=on_gpu, gpu_backend="cuda" if on_gpu else None)
             backend = f"the GPU ({switch.reason})" if switch.name == "gpu" else "the CPU"
             reporter.info(f"phase5_using_{switch.name}", f"Phase 5 uses {backend}")
-            scene = normalise(run, grid, placed)
+            scene = normalise(run, grid, placed, looks, store)
         paths = output_paths(output, len(scene.placed), scene.frames, wants_aesthetic(settings))
         history = history_lines(run, scene)
         version = program_version()
+        pretty = wants_aesthetic(settings)
         with clock.phase("phase5_reproject"):
             reporter.info("run_info_phase5_started_reproject_coadd", "resampling and coadding")
             headers = {name: product_header(scene, name, history, version) for name in ("science", "coverage")}
@@ -193,9 +209,10 @@ def run_phases(
                 paths["science"],
                 headers["science"],
                 (paths["coverage"], headers["coverage"]),
+                None if pretty else paths["preview"],
             )
         picture, factors = science, None
-        if wants_aesthetic(settings):
+        if pretty:
             with clock.phase("phase5_aesthetic"):
                 factors = aesthetic_factors(run, scene, science)
                 picture = coadd_to_disk(
@@ -205,12 +222,12 @@ def run_phases(
                     paths["aesthetic"],
                     product_header(scene, "aesthetic", history, version),
                     None,
+                    paths["preview"],
                     colour_adjustment(factors),
                 )
         with clock.phase("phase6"):
             reporter.stage("phase6", 0, 2)
             reporter.info("run_info_phase6_started", "saving")
-            save_preview(run, picture.preview, paths["preview"])
             warn_of_rounding(run, picture.preview)
             reporter.stage("phase6", 1, 2)
     report = to_jsonable(
@@ -265,121 +282,6 @@ def scan(run: Any, source: Path, output: Path, scratch: Path) -> list:
         raise UsageError(nothing_usable(aside, f" in {source}"))
     run.reporter.info("run_info_existing_master_tiles_mode", f"{len(tiles)} plate-solved tiles", num_tiles=len(tiles))
     return tiles
-
-
-# ---------------------------------------------------------------------------------------------------- surroundings
-
-
-def usable_input(folder: Path, settings: Settings) -> Path:
-    """The input folder, proved readable before anything is made.
-
-    Raises
-    ------
-    UsageError
-    """
-    from zemosaic_scan import require_folder
-
-    if settings.use_existing_master_tiles is False:
-        raise UsageError(
-            "use_existing_master_tiles = false asks for Phases 1 to 3 (raw subs), which this version does not have: "
-            "give a folder of plate-solved panels, and --tiles."
-        )
-    require_folder(folder)
-    return folder
-
-
-def prepare_output(folder: Path) -> Path:
-    """The output folder, made and proved writable.
-
-    Raises
-    ------
-    UsageError
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"the output folder {folder} cannot be written ({reason}): choose another one") from error
-    return folder
-
-
-class LogHandler(logging.FileHandler):
-    """The log file. A line that cannot be written, on a full disk, is not worth the run or a traceback."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Go on without the line."""
-
-
-@contextmanager
-def log_file(path: Path, level: str):
-    """A logger that writes this run's log file, and nothing after."""
-    logger = logging.Logger(path.stem, level)
-    try:
-        handler = LogHandler(path, mode="w", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise not_written(path, error) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield logger
-    except ZeMosaicError as error:
-        logger.error("%s", error)
-        logger.debug("%s", traceback.format_exc())
-        raise
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        raise
-    except BaseException:
-        logger.critical("%s", traceback.format_exc())
-        raise
-    finally:
-        with suppress(OSError):  # what is left to write of the log, on a full disk
-            handler.close()
-
-
-def log_start(logger: logging.Logger, source: Path, output: Path, settings: Settings) -> None:
-    """What ran, on what, and with which settings."""
-    logger.info("zemosaic-worker %s, Python %s", program_version(), sys.version.split()[0])
-    logger.info("input %s, output %s", source.absolute(), output.absolute())
-    for row in SETTINGS:
-        if (value := getattr(settings, row.key)) != row.default:
-            logger.info("setting %s = %s", row.key, value)
-
-
-@contextmanager
-def scratch_folder(output: Path, settings: Settings):
-    """A folder for temporary files, removed at the end whatever happened."""
-    parent = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else output
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".zemosaic_tmp_", dir=parent))
-    except OSError as error:
-        raise UsageError(
-            f"coadd_memmap_dir {parent} cannot be written ({error.strerror}): choose another folder"
-        ) from error
-    try:
-        yield folder
-    finally:
-        if settings.cleanup_temp_artifacts:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def worker_count(settings: Settings) -> int:
-    """Threads for the work on pixels."""
-    if settings.num_processing_workers > 0:
-        return settings.num_processing_workers
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def program_version() -> str:
-    """Version of the installed program; ``source`` where its files were only copied."""
-    try:
-        return metadata.version("zemosaic-worker")
-    except metadata.PackageNotFoundError:
-        return "source"
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -35,7 +35,13 @@ from zemosaic_demo import Layout, Panel, Sky, make_panels, make_sky, mosaic_shap
 from zemosaic_fits import array_tile
 from zemosaic_grid import OutputGrid, choose_output_grid
 from zemosaic_measure import measure_tile, overlap_counts
-from zemosaic_photometry import PhotometricSolution, compute_photometric_gains_and_offsets, identity_solution
+from zemosaic_photometry import (
+    CoarseTile,
+    PairRelation,
+    PhotometricSolution,
+    compute_photometric_gains_and_offsets,
+    identity_solution,
+)
 from zemosaic_reproject import CoaddOptions, coadd
 from zemosaic_settings import Settings
 from zemosaic_tiles import PixelStore, PlacedTile, place_tiles, survey_tile, weighted
@@ -214,27 +220,27 @@ def figures(found: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def run_case(name: str, seed: int) -> dict:
+def run_case(name: str, layout: Layout, seed: int, stars: int = 4000) -> dict:
     """One case with one seed: figures of the solved mosaic, of the floor, and the verdict."""
     start = time.perf_counter()
-    scene = make_scene(CASES[name], seed)
+    scene = make_scene(layout, seed, stars)
     solved_at = time.perf_counter()
     solution = compute_photometric_gains_and_offsets(scene.coarse)
     solve_s = time.perf_counter() - solved_at
     truth = true_sky(scene)
-    noise = scene.layout.noise
-    ours = judge(mosaic(scene, solution)[0], truth, noise)
-    floor = judge(mosaic(scene, true_solution(scene.panels))[0], truth, noise)
+    ours = judge(mosaic(scene, solution)[0], truth, layout.noise)
+    floor = judge(mosaic(scene, true_solution(scene.panels))[0], truth, layout.noise)
     best, reached = figures(floor), figures(ours)
-    allowed = {key: margin * (1.5 if name == "6x6" else 1.0) for key, margin in MARGINS.items()}
+    excess = {key: reached[key] - best[key] for key in MARGINS}
+    factor = 1.5 if layout.rows * layout.columns > 9 else 1.0
     return {
         "case": name,
         "seed": seed,
         "ours": reached,
         "floor": best,
-        "excess": {key: reached[key] - best[key] for key in MARGINS},
+        "excess": excess,
         "strict": {key: float(np.max(np.abs(ours[key] - floor[key]))) for key in MARGINS},
-        "passed": {key: reached[key] - best[key] <= allowed[key] for key in MARGINS},
+        "passed": {key: excess[key] <= factor * margin for key, margin in MARGINS.items()},
         "regions": len(ours["sky"]),
         "regions_with_stars": len(ours["star"]),
         "solve_s": solve_s,
@@ -257,6 +263,23 @@ def table(results: Sequence[dict]) -> Iterator[str]:
         yield from (f"    {note}" for note in r["warnings"])
 
 
+def solve_seconds(tiles: int = 200, pairs: int = 6500, channels: int = 3, seed: int = 1) -> float:
+    """Time to solve many given pairs of consistent relations."""
+    rng = np.random.default_rng(seed)
+    gain = rng.normal(0, 0.15, (tiles, channels))
+    blank = CoarseTile("tile", (0, 0), np.zeros((channels, 1, 1)), np.ones((1, 1)), *np.ones((3, channels)))
+    relations = []
+    for i, j in rng.permutation(np.stack(np.triu_indices(tiles, 1), axis=1))[:pairs]:
+        error = rng.uniform(1e-3, 1e-2, channels)
+        ratio = gain[i] - gain[j] + rng.normal(0, error)
+        one = np.ones(channels)
+        mean_j = rng.normal(0, 0.1, channels)
+        relations.append(PairRelation(int(i), int(j), ratio, error, one, 1000, 0 * one, mean_j, 0.1 * one, 0 * one))
+    start = time.perf_counter()
+    compute_photometric_gains_and_offsets([blank] * tiles, pairs=relations)
+    return time.perf_counter() - start
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; the exit status is 1 where one fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -267,9 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     for name in options.cases:
         for seed in options.seeds:
-            results.append(run_case(name, seed))
+            results.append(run_case(name, CASES[name], seed))
             lines = list(table(results[-1:]))
             print("\n".join(lines if len(results) == 1 else lines[1:]), flush=True)
+    print(f"solving 200 tiles with 6,500 given pairs: {solve_seconds():.2f} s")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0 if all(all(r["passed"].values()) for r in results) else 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,18 +171,3 @@ def assert_parity(ours, cpu):
 def same():
     """The function :func:`assert_parity`."""
     return assert_parity
-
-
-@pytest.fixture(scope="session")
-def without_data():
-    """``without_data(scene, k)``: the scene with no valid pixel in a rectangle of tile ``k``."""
-
-    def blank(scene, k):
-        tile = scene.tiles[k]
-        data = tile.read_rows(0, tile.shape[0])
-        data[:, 8:20, 10:30] = np.nan
-        tiles = list(scene.tiles)
-        tiles[k] = array_tile(data, tile.wcs, tile.name)
-        return replace(scene, tiles=tiles)
-
-    return blank

@@ -22,6 +22,7 @@ import zemosaic_grid
 import zemosaic_mosaic
 import zemosaic_output
 import zemosaic_scan
+import zemosaic_surroundings
 import zemosaic_telemetry
 import zemosaic_worker
 
@@ -338,8 +339,8 @@ def test_a_log_that_cannot_be_written_is_no_traceback(panels, out, capsys, monke
 
         flush = close = lambda self: None
 
-    real = zemosaic_worker.LogHandler._open
-    monkeypatch.setattr(zemosaic_worker.LogHandler, "_open", lambda self: real(self).close() or Full())
+    real = zemosaic_surroundings.LogHandler._open
+    monkeypatch.setattr(zemosaic_surroundings.LogHandler, "_open", lambda self: real(self).close() or Full())
     assert run(panels, out) == 0
     assert "Traceback" not in capsys.readouterr().err
 
@@ -441,13 +442,14 @@ def test_memory_that_is_not_there(panels, out, capsys, monkeypatch):
 
 
 def test_a_tile_that_goes_away_during_the_run(panels, out, capsys, monkeypatch):
-    real = zemosaic_mosaic.place_tiles
+    real = zemosaic_scan.scan_tiles
 
-    def place(tiles, grid):
+    def scan(*arguments):
+        found = real(*arguments)
         (panels / "panel_02.fits").unlink()
-        return real(tiles, grid)
+        return found
 
-    monkeypatch.setattr(zemosaic_mosaic, "place_tiles", place)
+    monkeypatch.setattr(zemosaic_scan, "scan_tiles", scan)
     assert run(panels, out) == 0
     assert "panel_02.fits is set aside: its pixels cannot be read" in capsys.readouterr().out
 

@@ -19,10 +19,10 @@ from PIL import Image
 from small_scene import LAYOUT, LOG, digests, pixels, product, small_sky, write_scene
 
 import zemosaic_backend
-import zemosaic_mosaic
 import zemosaic_peer
 import zemosaic_reproject
 import zemosaic_telemetry
+import zemosaic_tiles
 from zemosaic_demo import Layout, make_panels, tangent_wcs, write_panels
 from zemosaic_settings import Settings
 from zemosaic_utils import UsageError
@@ -446,17 +446,17 @@ def parallel_gpu_vram_fraction(run, monkeypatch):
         return int(fraction * 1e6)
 
     monkeypatch.setattr(zemosaic_backend.CpuBackend, "free_bytes", free_bytes)
-    run(parallel_gpu_vram_fraction=0.5, num_processing_workers=1, fresh=True)
+    run(parallel_gpu_vram_fraction=0.5, num_processing_workers=1, gpu="off", fresh=True)
     assert asked == [0.5] and planned[0].args[3] == 500_000
 
 
 @check
 def memory_budget(run, monkeypatch):
     planned = spy(monkeypatch, zemosaic_reproject, "plan_blocks")
-    kept = spy(monkeypatch, zemosaic_mosaic, "PixelStore")
+    kept = spy(monkeypatch, zemosaic_tiles.PixelStore, "__init__")
     one, two = (run(memory_budget=size, fresh=True) for size in ("100MB", "1GB"))
     assert planned[1].args[3] == pytest.approx(10 * planned[0].args[3], rel=1e-3)
-    assert kept[1].args[0] == pytest.approx(10 * kept[0].args[0], rel=1e-3)
+    assert kept[1].args[1] == pytest.approx(10 * kept[0].args[1], rel=1e-3)
     assert not differ(one, two)
 
 

@@ -1,0 +1,467 @@
+"""The photometric model on synthetic coarse tiles, whose gains, offsets and noise are known."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from zemosaic_pairs import fit_overlap, make_overlap
+from zemosaic_photometry import (
+    CoarseTile,
+    PairRelation,
+    PhotometryOptions,
+    apply_photometric_normalization,
+    black_point,
+    compute_photometric_gains_and_offsets,
+    coverage_gain,
+    coverage_scale,
+    identity_solution,
+    measure_pairs,
+    relative_coverage_gains,
+    rgb_balance_gains,
+)
+
+NOISE = 3.0
+
+
+def sky_cells(shape, seed=1, stars=0.03, nebula=200.0, channels=3, level=1000.0, width=0.55):
+    """A sky on coarse cells, (C, h, w): stars (``stars`` a cell, power-law fluxes) over a smooth nebula."""
+    rng = np.random.default_rng(seed)
+    points = np.zeros((channels, *shape))
+    count = int(stars * shape[0] * shape[1])
+    at = rng.integers(0, shape[0], count), rng.integers(0, shape[1], count)
+    flux = 300 * rng.uniform(size=count) ** (-1 / 0.9)
+    np.add.at(points, (slice(None), *at), np.minimum(flux, 3e4) * rng.uniform(0.5, 2, (channels, count)))
+    smooth = gaussian_filter(rng.normal(size=(channels, *shape)), (0, 12, 12), mode="wrap")
+    smooth *= nebula / max(smooth.std(), 1e-9)
+    return gaussian_filter(points, (0, width, width)) + smooth + level
+
+
+def coarse(sky, box, gain=1.0, offset=0.0, noise=NOISE, seed=0, name="t"):
+    """The tile that sees rows and columns ``box`` = (y0, y1, x0, x1) of the sky."""
+    y0, y1, x0, x1 = box
+    channels = len(sky)
+    gain, offset = (np.broadcast_to(np.asarray(v, float), channels) for v in (gain, offset))
+    means = sky[:, y0:y1, x0:x1] * gain[:, None, None] + offset[:, None, None]
+    means = (means + np.random.default_rng(seed).normal(0, noise, means.shape)).astype(np.float32)
+    return CoarseTile(
+        name=name,
+        corner=(y0, x0),
+        means=means,
+        fraction=np.ones(means.shape[1:], np.float32),
+        noise=np.full(channels, float(noise)),
+        pixel_noise=np.full(channels, 4.0 * noise),
+        sky=np.percentile(means, 30, axis=(1, 2)).astype(float),
+    )
+
+
+def transformed(tile, factor=1.0, constant=0.0):
+    """The tile in other units."""
+    return replace(
+        tile,
+        means=(tile.means.astype(float) * factor + constant).astype(np.float32),
+        noise=tile.noise * factor,
+        pixel_noise=tile.pixel_noise * factor,
+        sky=tile.sky * factor + constant,
+    )
+
+
+def tile_grid(seed=1, rows=3, columns=3, size=60, step=45, gain_sigma=0.15, offset_sigma=120.0, sky=None):
+    """Tiles of one sky, their true gains (K, C) and offsets (K, C)."""
+    rng = np.random.default_rng(seed + 1000)
+    sky = sky_cells((rows * step + size, columns * step + size), seed) if sky is None else sky
+    gain = np.exp(rng.normal(0, gain_sigma, (rows * columns, len(sky))))
+    offset = rng.normal(0, offset_sigma, gain.shape)
+    tiles = []
+    for k in range(rows * columns):
+        y, x = (k // columns) * step, (k % columns) * step
+        tiles.append(coarse(sky, (y, y + size, x, x + size), gain[k], offset[k], seed=100 * seed + k, name=f"tile{k}"))
+    return tiles, gain, offset
+
+
+def pair_of(sky, ratio, seed=1, **more):
+    """The only relation of two tiles that see all of the sky with gains ``ratio`` and 1."""
+    box = (0, sky.shape[1], 0, sky.shape[2])
+    return measure_pairs(
+        [coarse(sky, box, ratio, 50.0, seed=seed, **more), coarse(sky, box, 1.0, seed=seed + 1, **more)]
+    )[0]
+
+
+def normalised(solution, tiles):
+    """Every tile's cells in the common system."""
+    return [
+        apply_photometric_normalization(t.means.astype(float), solution.gain[k], solution.pivot[k], solution.level[k])
+        for k, t in enumerate(tiles)
+    ]
+
+
+def gain_errors(solution, gain):
+    """ln of the solved gains over the true ones, the mean over the tiles taken out."""
+    error = np.log(solution.gain / gain)
+    return error - error.mean(axis=0)
+
+
+# --------------------------------------------------------------------------------------------------- one overlap
+
+
+def test_two_tiles_of_noise_share_no_structure():
+    relation = pair_of(np.full((3, 80, 80), 1000.0), 1.0)
+    assert np.isinf(relation.log_ratio_se).all()
+    assert relation.mean_i - relation.mean_j == pytest.approx(0, abs=10 * NOISE)
+
+
+def test_signal_to_noise_of_one():
+    """A nebula as strong as the noise of a cell: least squares would find 0.6 of the ratio 1.2."""
+    sky = sky_cells((100, 100), stars=0, nebula=20.0)
+    pulls = []
+    for seed in range(1, 9):
+        relation = pair_of(sky, 1.2, seed=10 * seed, noise=20.0)
+        pulls.append((relation.log_ratio - np.log(1.2)) / relation.log_ratio_se)
+        assert relation.log_ratio_se.max() < 0.05
+    assert abs(np.mean(pulls)) < 0.8
+    assert 0.4 < np.sqrt(np.mean(np.square(pulls))) < 2
+
+
+def test_seeing_is_no_gain():
+    """The same stars 1.5 times as wide: a fit of the cells alone finds several percent less."""
+    sharp, wide = (sky_cells((60, 60), nebula=0, width=w) for w in (0.8, 0.95))
+    box = (0, 60, 0, 60)
+    relation = measure_pairs([coarse(sharp, box, 1.3, seed=1), coarse(wide, box, 1.0, seed=2)])[0]
+    error = relation.log_ratio - np.log(1.3)
+    naive = np.log(np.std(sharp, axis=(1, 2)) / np.std(wide, axis=(1, 2)))
+    assert naive.min() > 0.05
+    assert np.abs(error).max() < 0.01
+    assert np.ptp(error) < 0.005
+
+
+def test_displacement_is_no_gain():
+    sky = sky_cells((61, 61), nebula=0, width=0.8)
+    moved = 0.9 * sky[:, 1:, 1:] + 0.1 * sky[:, :-1, :-1]
+    box = (0, 60, 0, 60)
+    relation = measure_pairs([coarse(sky[:, 1:, 1:], box, 1.3, seed=1), coarse(moved, box, 1.0, seed=2)])[0]
+    assert relation.log_ratio == pytest.approx(np.log(1.3), abs=0.01)
+
+
+def test_a_gradient_is_no_gain():
+    """A nebula and a strong gradient along it: without a plane the gradient is taken for the nebula."""
+    sky = sky_cells((60, 60), stars=0.02, nebula=50.0)
+    box = (0, 60, 0, 60)
+    a, b = coarse(sky, box, 1.2, seed=1), coarse(sky, box, 1.0, seed=2)
+    ramp = np.linspace(-300, 300, 60, dtype=np.float32)
+    relation = measure_pairs([replace(a, means=a.means + ramp), b])[0]
+    assert relation.log_ratio == pytest.approx(np.log(1.2), abs=max(0.003, 4 * relation.log_ratio_se.max()))
+
+
+def test_saturated_and_moved_sources_do_not_speak():
+    sky = sky_cells((80, 80))
+    box = (0, 80, 0, 80)
+    a, b = coarse(sky, box, 1.2, seed=1), coarse(sky, box, 1.0, seed=2)
+    means = np.minimum(a.means, np.quantile(a.means, 0.995))
+    means[:, 20:23, 30:33] += 5000
+    spoiled = measure_pairs([replace(a, means=means), b])[0]
+    assert spoiled.log_ratio == pytest.approx(np.log(1.2), abs=0.004)
+
+
+def test_flat_fielded_stars_of_a_distorted_tile():
+    """Pixels 4 % larger on the sky collect 4 % more of a star, but a flat field leaves the nebula's brightness."""
+    stars, nebula = sky_cells((80, 80), nebula=0), sky_cells((80, 80), seed=2, stars=0)
+    box = (0, 80, 0, 80)
+    a, b = coarse(1.04 * (stars - 1000) + nebula, box, 1.2, seed=1), coarse(stars - 1000 + nebula, box, seed=2)
+    plain = measure_pairs([a, b])[0].log_ratio - np.log(1.2)
+    known = [replace(t, area=np.full((80, 80), area, np.float32)) for t, area in ((a, 1.04), (b, 1.0))]
+    error = measure_pairs(known)[0].log_ratio - np.log(1.2)
+    assert plain.min() > 0.02
+    assert np.abs(error).max() < 0.004
+
+
+def test_thousands_of_cells_are_thinned_and_fast():
+    sky = sky_cells((200, 200))
+    box = (0, 200, 0, 200)
+    a, b = coarse(sky, box, 1.2, seed=1), coarse(sky, box, seed=2)
+    overlap = make_overlap(a, b, a.means, b.means, np.ones((200, 200), bool))
+    assert 3000 < np.count_nonzero(overlap.used) <= 5000
+    fit, error = fit_overlap(overlap)
+    assert np.abs(np.log(fit.ratio * 1.2) / error).max() < 5
+    start = time.perf_counter()
+    fit_overlap(overlap)
+    assert time.perf_counter() - start < 0.5  # benchmarks: about 0.02
+
+
+# --------------------------------------------------------------------------------------------------- the whole set
+
+
+def test_standard_errors_are_honest():
+    pulls, levels = [], []
+    for seed in range(1, 7):
+        tiles, gain, offset = tile_grid(seed)
+        solution = compute_photometric_gains_and_offsets(tiles)
+        pulls.append(gain_errors(solution, gain) / solution.gain_se)
+        # what each tile makes of a sky of 1000
+        level = (gain * 1000 + offset - solution.pivot) / solution.gain + solution.level
+        levels.append(level - level.mean(axis=0))
+        assert not solution.warnings
+        assert solution.gain_se.max() < 0.003
+    assert 0.5 < np.sqrt(np.mean(np.square(pulls))) < 2
+    assert np.abs(levels).max() < NOISE
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    factor=st.floats(0.1, 10),
+    constant=st.floats(-500, 500),
+    tile=st.integers(0, 3),
+    order=st.permutations(range(4)),
+    units=st.sampled_from([1000.0, 1 / 65535]),
+)
+def test_units_constants_factors_and_order_change_nothing(factor, constant, tile, order, units):
+    """The mosaic changes by one scale and one offset a channel, which the gauge fixes."""
+    tiles, *_ = tile_grid(1, 2, 2, size=40, step=28)
+    plain = normalised(compute_photometric_gains_and_offsets(tiles), tiles)
+    other = [transformed(t, factor, constant) if k == tile else t for k, t in enumerate(tiles)]
+    other = [transformed(other[k], units) for k in order]
+    solution = compute_photometric_gains_and_offsets(other)
+    assert not solution.warnings
+    found = normalised(solution, other)
+    for c in range(3):
+        x = np.concatenate([plain[k][c].ravel() for k in order])
+        y = np.concatenate([t[c].ravel() for t in found])
+        a, b = np.polyfit(x, y, 1)
+        assert (y - b) / a == pytest.approx(x, abs=2e-4 * np.ptp(x))
+        assert a / units == pytest.approx(factor**0.25, rel=1e-3)
+
+
+def test_tiles_that_agree_stay_as_they_are():
+    tiles, *_ = tile_grid(3, gain_sigma=0.0, offset_sigma=0.0)
+    solution = compute_photometric_gains_and_offsets(tiles)
+    assert (np.abs(np.log(solution.gain)) < 3.5 * solution.gain_se).all()
+    assert np.sqrt(np.mean((np.log(solution.gain) / solution.gain_se) ** 2)) < 2
+    for tile, cells in zip(tiles, normalised(solution, tiles), strict=True):
+        assert cells == pytest.approx(tile.means, abs=1.0, rel=2e-3)
+
+
+def test_a_nebula_that_fills_a_tile_keeps_brightness_and_colour():
+    """Its own median would be taken for sky by a matching tile by tile."""
+    sky = sky_cells((195, 195), nebula=20.0)
+    sky[:, 45:105, 45:105] += np.array([400.0, 100.0, 50.0])[:, None, None]  # all of the middle tile
+    sky = gaussian_filter(sky, (0, 2, 2)) + sky_cells((195, 195), seed=9, nebula=0) - 1000
+    tiles, *_ = tile_grid(1, sky=sky)
+    solution = compute_photometric_gains_and_offsets(tiles)
+    cells = normalised(solution, tiles)
+    step = [np.median(cells[4][c]) - np.median(cells[0][c, :40, :40]) for c in range(3)]
+    truth = [np.median(sky[c, 45:105, 45:105]) - np.median(sky[c, :40, :40]) for c in range(3)]
+    assert truth[0] > 300
+    scale = np.polyfit(
+        *(
+            np.concatenate([t[0].ravel() for t in s])
+            for s in ([sky[:, t.corner[0] : t.corner[0] + 60, t.corner[1] : t.corner[1] + 60] for t in tiles], cells)
+        ),
+        1,
+    )[0]
+    assert step[0] == pytest.approx(scale * truth[0], abs=2 * NOISE)
+    assert step[1] / step[0] == pytest.approx(truth[1] / truth[0], abs=0.1)
+
+
+def test_an_absurd_tile_is_named_and_spoils_nothing():
+    tiles, gain, _ = tile_grid(2)
+    tiles[4] = transformed(tiles[4], 1.0, 1e8)
+    solution = compute_photometric_gains_and_offsets(tiles)
+    assert np.flatnonzero(solution.excluded).tolist() == [4]
+    assert any("tile4" in w and "bad_tile" in w for w in solution.warnings)
+    rest = np.arange(9) != 4
+    error = np.log(solution.gain / gain)[rest]
+    assert np.abs(error - error.mean(axis=0)).max() < 0.01
+    kept = compute_photometric_gains_and_offsets(tiles, PhotometryOptions(reject_bad_tiles=False))
+    assert not kept.excluded.any()
+
+
+def test_a_tile_of_another_sky_is_left_out():
+    tiles, gain, _ = tile_grid(2)
+    stranger = sky_cells((60, 60), seed=77, nebula=900.0)
+    elsewhere = np.zeros((3, 195, 195))
+    elsewhere[:, 45:105, 45:105] = stranger + np.linspace(0, 20000, 60)
+    tiles[4] = coarse(elsewhere, (45, 105, 45, 105), seed=5, name="tile4")
+    solution = compute_photometric_gains_and_offsets(tiles)
+    rest = np.arange(9) != 4
+    error = np.log(solution.gain / gain)[rest]
+    assert np.abs(error - error.mean(axis=0)).max() < 0.02
+
+
+def test_a_wrong_pair_that_others_contradict_is_overruled():
+    tiles, gain, _ = tile_grid(2)
+    pairs = measure_pairs(tiles)
+    pairs[5] = replace(pairs[5], log_ratio=pairs[5].log_ratio + 0.5, mean_i=pairs[5].mean_i + 500)
+    solution = compute_photometric_gains_and_offsets(tiles, pairs=pairs)
+    assert np.abs(gain_errors(solution, gain)).max() < 0.02
+    right = compute_photometric_gains_and_offsets(tiles)
+    assert solution.level - solution.level[0] == pytest.approx(right.level - right.level[0], abs=8 * NOISE)
+
+
+def test_groups_that_do_not_touch_are_named_and_matched_by_their_sky():
+    sky = sky_cells((60, 300), nebula=20.0)
+    boxes = [(0, 60, 0, 60), (0, 60, 45, 105), (0, 60, 150, 210), (0, 60, 195, 255), (0, 60, 270, 300)]
+    tiles = [coarse(sky, box, 1 + 0.1 * k, 100.0 * k, seed=k, name=f"tile{k}") for k, box in enumerate(boxes)]
+    solution = compute_photometric_gains_and_offsets(tiles)
+    assert solution.component.tolist() == [0, 0, 1, 1, 2]
+    assert sum("second_island" in w and "tile2" in w for w in solution.warnings) == 1
+    assert sum("no_overlap" in w and "tile4" in w for w in solution.warnings) == 1
+    assert np.isfinite(solution.gain).all() and np.isfinite(solution.level).all()
+    assert (solution.gain[4] == 1).all()
+    middle = [np.median(cells) for cells in normalised(solution, tiles)]
+    assert np.ptp(middle) < 60  # as they came: 500 apart
+
+
+def test_a_starless_overlap_leaves_the_gain_and_matches_the_background():
+    sky = np.full((3, 60, 100), 1000.0)
+    sky[:, :, 70:] += sky_cells((60, 30), nebula=0) - 1000
+    tiles = [
+        coarse(sky, (0, 60, 0, 60), 1.3, 40.0, seed=1, name="left"),
+        coarse(sky, (0, 60, 40, 100), seed=2, name="right"),
+    ]
+    solution = compute_photometric_gains_and_offsets(tiles)
+    assert (solution.gain == 1).all() and np.isinf(solution.gain_se).all()
+    assert {w.split(":")[0] for w in solution.warnings if "gain_undetermined" in w} == {"left", "right"}
+    left, right = normalised(solution, tiles)
+    assert np.median(left[:, :, 40:], axis=(1, 2)) == pytest.approx(np.median(right[:, :, :20], axis=(1, 2)), abs=1)
+    assert np.abs(solution.step_after).max() < 0.1 < np.abs(solution.pairs[0].step_before).min()
+
+
+def test_a_gain_that_one_channel_cannot_tell_is_1_in_all():
+    tiles, *_ = tile_grid(1, 1, 2)
+    dark = [replace(t, means=np.concatenate([t.means[:2], np.full((1, 60, 60), 5.0, np.float32)])) for t in tiles]
+    solution = compute_photometric_gains_and_offsets(dark)
+    assert (solution.gain == 1).all()
+    assert sum("gain_undetermined" in w for w in solution.warnings) == 2
+
+
+def test_one_tile_and_none():
+    tile = tile_grid(1)[0][0]
+    solution = compute_photometric_gains_and_offsets([tile])
+    assert normalised(solution, [tile])[0] == pytest.approx(tile.means)
+    assert not solution.warnings
+    with pytest.raises(ValueError, match="channels"):
+        compute_photometric_gains_and_offsets([])
+
+
+def test_constant_tiles_stay_constant():
+    tiles = [replace(t, means=np.full_like(t.means, 500.0), sky=np.full(3, 500.0)) for t in tile_grid(1, 2, 2)[0]]
+    solution = compute_photometric_gains_and_offsets(tiles)
+    for cells in normalised(solution, tiles):
+        assert cells == pytest.approx(np.full_like(cells, 500.0), rel=1e-6)
+
+
+def test_offsets_only():
+    tiles, _, offset = tile_grid(1, gain_sigma=0.0)
+    solution = compute_photometric_gains_and_offsets(tiles, PhotometryOptions(match_gain=False))
+    assert (solution.gain == 1).all()
+    error = solution.level - solution.pivot + offset
+    assert error - error.mean(axis=0) == pytest.approx(0, abs=0.5)
+    assert solution.offset == pytest.approx(solution.pivot - solution.level)
+
+
+def test_many_pairs_solve_quickly_and_right():
+    """200 tiles, 6,500 given pairs, one in fifty of them wrong."""
+    rng = np.random.default_rng(1)
+    truth = rng.normal(0, 0.15, (200, 3))
+    blank = tile_grid(1, 1, 1)[0][0]
+    one = np.ones(3)
+    pairs = []
+    for n, (i, j) in enumerate(rng.permutation(np.stack(np.triu_indices(200, 1), axis=1))[:6500]):
+        wrong = 1.0 if n % 50 == 0 else 0.0
+        ratio = truth[i] - truth[j] + rng.normal(0, 0.005, 3) + wrong
+        pairs.append(PairRelation(int(i), int(j), ratio, 0.005 * one, one, 900, 0 * one, 0 * one, one, 0 * one))
+    start = time.perf_counter()
+    solution = compute_photometric_gains_and_offsets([blank] * 200, pairs=pairs)
+    assert time.perf_counter() - start < 5  # benchmarks/photometry.py: 0.6
+    error = np.log(solution.gain) - (truth - truth.mean(axis=0))
+    assert np.sqrt(np.mean(error**2)) < 2 * 0.005 / np.sqrt(65)
+
+
+def test_identity_solution_changes_nothing():
+    data = np.random.default_rng(1).normal(size=(3, 7, 5)).astype(np.float32)
+    data[1, 2, 3] = np.nan
+    same = identity_solution(1, 3)
+    np.testing.assert_array_equal(
+        apply_photometric_normalization(data, same.gain[0], same.pivot[0], same.level[0]), data
+    )
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
+def test_normalisation_is_the_stated_formula(gain, pivot, level):
+    data = np.linspace(-100, 5000, 60).reshape(3, 4, 5)
+    out = apply_photometric_normalization(data, gain, [pivot] * 3, [level] * 3)
+    assert out == pytest.approx((data - pivot) / np.array(gain)[:, None, None] + level, rel=1e-9, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- for the eye
+
+
+def test_coverage_scale_by_hand():
+    coverage = np.array([[0.0, 1.0, 2.0, 8.0]])
+    support = np.array([[0.5, 1.0, 1.0, 1.0]])
+
+    def blur(a):
+        return support if (a <= 1).all() else np.array([[1.0, 2.0, 3.0, 3.0]])
+
+    scale, smooth = coverage_scale(coverage, blur)
+    assert smooth.tolist() == [[2.0, 2.0, 3.0, 3.0]]
+    assert scale.tolist() == [[1.0, 2.0, 1.5, 0.5]]  # nothing seen; 2/1; 3/2; 3/8 clipped
+
+
+def test_coverage_gain_by_hand():
+    scale = np.full((100, 100), 0.9)
+    scale[:, :30] = 1.5
+    smooth, coverage = np.full((100, 100), 3.0), np.ones((100, 100))
+    footprint = np.ones((100, 100), bool)
+    clip = (0.85, 1.18)
+    assert coverage_gain(scale, smooth, coverage, footprint, clip) == 0.9
+    assert coverage_gain(scale, smooth, coverage, footprint & (np.arange(100) < 30), clip) == 1.18
+    assert coverage_gain(scale - 0.3, smooth, coverage, footprint, clip) == 0.85
+    assert coverage_gain(scale, np.full((100, 100), 1.9), coverage, footprint, clip) == 1.0  # B < 2
+    assert coverage_gain(scale, smooth, 0 * coverage, footprint, clip) == 1.0
+    few = np.zeros((100, 100), bool)
+    few[0, 30:94] = True
+    assert coverage_gain(scale, smooth, coverage, few, clip) == 0.9  # 64 pixels qualify
+    few[0, 93] = False
+    assert coverage_gain(scale, smooth, coverage, few, clip) == 1.0  # 63 do not
+    wide = np.ones((400, 400), bool)
+    seen = np.zeros((400, 400))
+    seen.flat[:159] = 1  # fewer than 0.1 % of 160,000
+    assert coverage_gain(np.full((400, 400), 0.9), np.full((400, 400), 3.0), seen, wide, clip) == 1.0
+    seen.flat[:160] = 1
+    assert coverage_gain(np.full((400, 400), 0.9), np.full((400, 400), 3.0), seen, wide, clip) == 0.9
+
+
+def test_coverage_gains_are_relative_to_their_median():
+    assert relative_coverage_gains([0.85, 0.85, 0.85]).tolist() == [1, 1, 1]  # a perfect mosaic is not dimmed
+    assert relative_coverage_gains([0.9, 1.0, 1.1]) == pytest.approx([0.9, 1.0, 1.1])
+    assert relative_coverage_gains([]).size == 0
+
+
+def test_rgb_balance_by_hand():
+    assert rgb_balance_gains([100.0, 200.0, 400.0], (0.1, 10)) == pytest.approx([2.0, 1.0, 0.5])
+    # 2 exceeds the clip: all are drawn to the power that makes it 1.5
+    power = np.log(1.5) / np.log(2)
+    assert rgb_balance_gains([100.0, 200.0, 400.0], (0.2, 1.5)) == pytest.approx([1.5, 1.0, 0.5**power])
+    assert rgb_balance_gains([100.0, 200.0, 400.0], (0.8, 3)) == pytest.approx([1 / 0.8, 1.0, 0.8])
+    assert rgb_balance_gains([100.0, -1.0, 400.0], (0.1, 10)).tolist() == [1, 1, 1]
+    assert rgb_balance_gains([100.0, np.nan, 400.0], (0.1, 10)).tolist() == [1, 1, 1]
+    assert rgb_balance_gains([7.0, 7.0, 7.0], (0.5, 2)).tolist() == [1, 1, 1]
+
+
+@given(st.lists(st.floats(1, 1e4), min_size=3, max_size=3))
+def test_rgb_balance_keeps_the_brightness_and_the_clip(sky):
+    factors = rgb_balance_gains(np.array(sky), (0.5, 2.0))
+    assert np.prod(factors) == pytest.approx(1)
+    assert ((factors >= 0.5 - 1e-9) & (factors <= 2 + 1e-9)).all()
+
+
+def test_black_point_by_hand():
+    samples = np.append(np.arange(101.0), [np.nan, np.inf])
+    assert black_point(samples, 5.0) == 5.0
+    assert black_point(np.array([np.nan]), 5.0) == 0.0
