@@ -144,11 +144,20 @@ class _Pixels:
     alpha_full: float = 1.0
 
 
-def _mask_rows(rows: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """Set a pixel to NaN in all channels where one channel is not finite or the mask is 0, in place."""
+def _mask_rows(rows: np.ndarray, alpha: np.ndarray | None, zero_is_blank: bool) -> np.ndarray:
+    """Set a pixel to NaN in all channels where one channel is not finite or the mask is 0, in place.
+
+    Where ``zero_is_blank``, so is a pixel that is exactly 0 in all channels.
+    """
     good = np.isfinite(rows[0])
     for channel in rows[1:]:
         good &= np.isfinite(channel)
+    if zero_is_blank:
+        zero = rows[0] == 0
+        if zero.any():
+            for channel in rows[1:]:
+                zero &= channel == 0
+            good &= ~zero
     if alpha is not None:
         good &= alpha > 0
     if not good.all():
@@ -179,6 +188,9 @@ class Tile:
         Number of frames that were stacked into it (MT_NFRAMES, NCOMBINE or STACKCNT), else 1.
     raw_sub : bool
         It is a raw frame of a colour sensor (mono with BAYERPAT), not a stacked panel.
+    zero_is_blank : bool
+        A pixel that is exactly 0 in all channels holds no data: RGB and floating-point files without ALPHA, whose
+        borders many stackers fill with 0.
     """
 
     name: str
@@ -189,6 +201,7 @@ class Tile:
     n_frames: int
     pixels: _Pixels = field(repr=False)
     raw_sub: bool = False
+    zero_is_blank: bool = False
 
     def read_rows(self, y0: int, y1: int) -> np.ndarray:
         """Read rows `y0` to `y1` (excluded) of all channels; safe on any number of threads.
@@ -206,7 +219,7 @@ class Tile:
             The rows lie outside the tile.
         """
         rows = self._read(self.pixels.image, self.channels, y0, y1)
-        return _mask_rows(rows, self.read_alpha_rows(y0, y1))
+        return _mask_rows(rows, self.read_alpha_rows(y0, y1), self.zero_is_blank)
 
     def read_alpha_rows(self, y0: int, y1: int) -> np.ndarray | None:
         """Read rows of the mask: float32 (y1 - y0, W), 0 = no data, 1 = fully weighted; None without a mask.
@@ -396,6 +409,7 @@ def _tile_of(hdul: fits.HDUList, path: Path, plain: Path, name: str) -> Tile:
             wcs=wcs,
             n_frames=frame_count(hdu.header, primary),
             pixels=_Pixels(image, alpha, alpha_full),
+            zero_is_blank=alpha is None and (channels == 3 or stored.dtype.kind == "f"),
             raw_sub=not (looks_stacked(hdu.header) and looks_stacked(primary)) and channels == 1,
         )
     if reasons:

@@ -45,6 +45,8 @@ NORMALISED_AT_ONCE = 1 << 17
 LOG_RATIO_FLOOR = 3e-4
 #: Standard deviation of the prior on a tile's log gain: a factor of 20 either way, felt only where nothing else is.
 LOG_GAIN_PRIOR = 3.0
+#: Steps of the global solve with Huber's weights, before Cauchy's.
+HUBER_STEPS = 5
 #: Gains beyond this factor from their component's mean are not believed.
 SANE_GAIN = 100.0
 
@@ -339,8 +341,9 @@ def solve_differences(
     """Robust least squares for x from differences ``x_i - x_j``, with the mean of each group exactly 0.
 
     The gauge is a bordered system (one Lagrange multiplier a group), never a soft anchor row; the prior pulls x
-    towards 0 with that standard deviation. Iteratively reweighted with Huber's weights, so that a wrong pair that
-    others contradict loses its influence.
+    towards 0 with that standard deviation. Iteratively reweighted, so that a wrong pair that others contradict loses
+    its influence: with Huber's weights at first, which lead to one solution from anywhere, then with Cauchy's, which
+    leave a wrong pair none.
 
     Returns
     -------
@@ -362,7 +365,7 @@ def solve_differences(
     weight = (scale / sigma) ** 2
     robust = np.ones(len(i))
     x = np.zeros(count)
-    for _ in range(20):
+    for step in range(20):
         normal = incidence.T @ sparse.diags(weight * robust) @ incidence + ridge
         factor = splu(sparse.bmat([[normal, gauge.T], [gauge, None]], format="csc"))
         right = np.concatenate([incidence.T @ (weight * robust * difference), np.zeros(groups)])
@@ -371,8 +374,9 @@ def solve_differences(
             break
         u = np.abs(difference - incidence @ x) / sigma
         # pairs agree worse than they say in real data: what counts as an outlier is relative to the typical pair
-        robust = np.minimum(1.0, 3.0 * max(1.0, 1.4826 * float(np.median(u))) / np.maximum(u, 1e-12))
-        if np.max(np.abs(x - previous)) < 1e-9 * max(1.0, float(np.max(np.abs(x)))):
+        u = u / (3.0 * max(1.0, 1.4826 * float(np.median(u))))
+        robust = 1 / np.maximum(u, 1.0) if step < HUBER_STEPS else 1 / (1 + u * u)
+        if step > HUBER_STEPS and np.max(np.abs(x - previous)) < 1e-3 * scale / np.sqrt(count):
             break
     unit = np.zeros((count + groups, count))
     unit[:count] = np.eye(count)

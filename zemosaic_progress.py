@@ -93,9 +93,8 @@ class TerminalBar:
     def __call__(self, key: str, progress: Any, level: Any, **fields: Any) -> None:
         if key == "STAGE_PROGRESS":
             self._count(progress, level, fields["total"])
-        elif level != "INFO":
-            mark = {"WARN": "warning: ", "ERROR": "error: "}.get(level, "")
-            self._line(mark + fields.get("text", key))
+        elif level in ("SUCCESS", "ERROR"):  # warnings are listed at the end
+            self._line(("error: " if level == "ERROR" else "") + fields.get("text", key))
 
     def _count(self, stage: str, current: int, total: int) -> None:
         phase, title, unit = STAGES[stage]

@@ -69,7 +69,16 @@ def timed(command: list[str], env: dict[str, str]) -> float:
 
 
 def worker_command(source: Path, out: Path, *options: str) -> list[str]:
-    return [sys.executable, str(ROOT / "zemosaic_worker.py"), str(source), str(out), "--gpu", "off", "--quiet", *options]
+    return [
+        sys.executable,
+        str(ROOT / "zemosaic_worker.py"),
+        str(source),
+        str(out),
+        "--gpu",
+        "off",
+        "--quiet",
+        *options,
+    ]
 
 
 def swarp_run(folder: Path, out: Path, env: dict[str, str]) -> float:

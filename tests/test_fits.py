@@ -281,3 +281,19 @@ def test_no_header_whatever_escapes_as_another_error(tmp_path, panel):
                 zf.open_tile(tmp_path / "b.fits").read_rows(0, 2)
             except UnusableFile:
                 continue
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "blank"), [("u2", 3, True), ("f4", 1, True), ("u2", 1, False), ("f4", 3, True)]
+)
+def test_zeros_in_all_channels_are_no_data_where_files_use_them_so(tmp_path, dtype, channels, blank):
+    data = np.full((channels, 20, 24), 7, dtype)
+    data[:, :, :5] = 0
+    data[0, 3, 10] = 0  # in RGB one channel may be 0
+    header = celestial_header()
+    path = tmp_path / "tile.fits"
+    fits.writeto(path, data if channels == 3 else data[0], header)
+    rows = zf.open_tile(path).read_rows(0, 20)
+    assert np.isnan(rows[:, :, :5]).all() == blank
+    assert np.isnan(rows[0, 3, 10]) == (blank and channels == 1)
+    assert (rows[:, :, 11:] == 7).all()

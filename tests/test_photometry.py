@@ -170,7 +170,7 @@ def test_saturated_and_moved_sources_do_not_speak():
 
 def test_flat_fielded_stars_of_a_distorted_tile():
     """Pixels 4 % larger on the sky collect 4 % more of a star, but a flat field leaves the nebula's brightness."""
-    stars, nebula = sky_cells((80, 80), nebula=0), sky_cells((80, 80), seed=2, stars=0)
+    stars, nebula = sky_cells((80, 80), nebula=0), sky_cells((80, 80), seed=2, stars=0, nebula=20.0)
     box = (0, 80, 0, 80)
     a, b = coarse(1.04 * (stars - 1000) + nebula, box, 1.2, seed=1), coarse(stars - 1000 + nebula, box, seed=2)
     plain = measure_pairs([a, b])[0].log_ratio - np.log(1.2)
@@ -299,7 +299,7 @@ def test_a_wrong_pair_that_others_contradict_is_overruled():
     solution = compute_photometric_gains_and_offsets(tiles, pairs=pairs)
     assert np.abs(gain_errors(solution, gain)).max() < 0.02
     right = compute_photometric_gains_and_offsets(tiles)
-    assert solution.level - solution.level[0] == pytest.approx(right.level - right.level[0], abs=8 * NOISE)
+    assert solution.level - solution.level[0] == pytest.approx(right.level - right.level[0], abs=NOISE)
 
 
 def test_groups_that_do_not_touch_are_named_and_matched_by_their_sky():
@@ -451,7 +451,7 @@ def test_rgb_balance_by_hand():
     assert rgb_balance_gains([100.0, 200.0, 400.0], (0.8, 3)) == pytest.approx([1 / 0.8, 1.0, 0.8])
     assert rgb_balance_gains([100.0, -1.0, 400.0], (0.1, 10)).tolist() == [1, 1, 1]
     assert rgb_balance_gains([100.0, np.nan, 400.0], (0.1, 10)).tolist() == [1, 1, 1]
-    assert rgb_balance_gains([7.0, 7.0, 7.0], (0.5, 2)).tolist() == [1, 1, 1]
+    assert rgb_balance_gains([7.0, 7.0, 7.0], (0.5, 2)) == pytest.approx([1, 1, 1])
 
 
 @given(st.lists(st.floats(1, 1e4), min_size=3, max_size=3))
