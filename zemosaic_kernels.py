@@ -92,15 +92,16 @@ def quantise(coordinate):
 
 
 @register_jitable
-def near(y, x, height, width):
-    """Whether a raw coordinate is finite and can still lie on the tile after rounding."""
-    return y >= -0.6 and y <= height - 0.4 and x >= -0.6 and x <= width - 0.4
+def on_tile(y, x, height, width):
+    """Whether the position ``(y, x)`` lies on the tile, and the position rounded.
 
-
-@register_jitable
-def inside(y, x, height, width):
-    """Whether tile pixel ``(y, x)`` lies on the tile."""
-    return y >= -0.5 and y <= height - 0.5 and x >= -0.5 and x <= width - 0.5
+    A coordinate that is not finite fails the first comparison and is never made an index.
+    """
+    if not (y >= -0.6 and y <= height - 0.4 and x >= -0.6 and x <= width - 0.4):
+        return False, y, x
+    y = quantise(y)
+    x = quantise(x)
+    return y >= -0.5 and y <= height - 0.5 and x >= -0.5 and x <= width - 0.5, y, x
 
 
 @register_jitable
@@ -276,11 +277,8 @@ def resample_rect(
                 else:
                     ty = nodes[1, row, cell]
                     tx = nodes[0, row, cell]
-                if not near(ty, tx, height, width):
-                    continue
-                ty = quantise(ty)
-                tx = quantise(tx)
-                if not inside(ty, tx, height, width):
+                seen, ty, tx = on_tile(ty, tx, height, width)
+                if not seen:
                     continue
                 corners = bilinear_corners(height, width, origin, ty, tx)
                 weight = scale * edge_weight(feather, height, width, ty, tx)
@@ -355,11 +353,8 @@ def measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, rect, sum
                 else:
                     ty = nodes[1, row, cell]
                     tx = nodes[0, row, cell]
-                if not near(ty, tx, height, width):
-                    continue
-                ty = quantise(ty)
-                tx = quantise(tx)
-                if not inside(ty, tx, height, width):
+                seen, ty, tx = on_tile(ty, tx, height, width)
+                if not seen:
                     continue
                 corners = bilinear_corners(height, width, origin, ty, tx)
                 first = bilinear_value(source, 0, corners)
@@ -392,7 +387,7 @@ def cells_inside(mesh, shape, cell_px, corner, found):
                 (cell_px - 1, cell_px - 1),
             ):
                 ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y + dy, x + dx)
-                if inside(ty, tx, shape[0], shape[1]):
+                if on_tile(ty, tx, shape[0], shape[1])[0]:
                     found[j, i] = 1
                     break
 

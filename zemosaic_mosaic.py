@@ -19,18 +19,13 @@ from astropy.io import fits
 from zemosaic_backend import BackendSwitch
 from zemosaic_fits import Tile, cropped
 from zemosaic_grid import OutputGrid, choose_output_grid, grid_header
-from zemosaic_measure import cells_touched, coarse_window, measure_tile, overlap_counts
+from zemosaic_measure import measure_tile, overlap_counts
 from zemosaic_output import MosaicWriter
 from zemosaic_photometry import (
     PhotometricSolution,
     PhotometryOptions,
-    black_point,
     compute_photometric_gains_and_offsets,
-    coverage_gain,
-    coverage_scale,
     identity_solution,
-    relative_coverage_gains,
-    rgb_balance_gains,
 )
 from zemosaic_preview import PreviewAccumulator, save_png, stretch
 from zemosaic_progress import Reporter
@@ -289,10 +284,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class CoaddResult:
-    """What stays in memory of a mosaic that was written: its preview image (C, h, w) and its coarse coverage."""
+    """What stays in memory of a mosaic that was written: its preview image (C, h, w) and, where the second pass needs
+    it, its coarse coverage."""
 
     preview: np.ndarray
-    coverage: Coverage
+    coverage: Coverage | None
 
 
 def coadd_to_disk(
@@ -328,7 +324,7 @@ def coadd_to_disk(
     )
     shape, channels = scene.grid.shape, scene.channels
     full_weight = min(item.weight for item in scene.placed)
-    bin_px = max(1, int(settings.two_pass_cov_sigma_px / 8))
+    bin_px = max(1, int(settings.two_pass_cov_sigma_px / 8)) if settings.two_pass_coverage_renorm else 0
     # both passes of a run are one stage: its count goes on
     rows_before = 0 if coverage is not None else shape[0]
     rows_total = shape[0] * (2 if wants_aesthetic(settings) else 1)
@@ -378,6 +374,15 @@ def coadd_to_disk(
     return run.switch.run(step)
 
 
+def wants_aesthetic(settings: Settings) -> bool:
+    """Whether any step that changes flux for the eye's sake is on."""
+    return (
+        settings.two_pass_coverage_renorm
+        or settings.final_mosaic_rgb_equalize_enabled
+        or settings.final_mosaic_black_point_equalize_enabled
+    )
+
+
 class Canvas:
     """Takes finished blocks from any thread: writes them and keeps the preview and the coarse coverage."""
 
@@ -393,7 +398,7 @@ class Canvas:
         self.image: MosaicWriter | None = None
         self.coverage: MosaicWriter | None = None
         self.preview = PreviewAccumulator(shape, channels, preview_dim)
-        self._binned = PreviewAccumulator(shape, 1, -(-max(shape) // bin_px))
+        self._binned = PreviewAccumulator(shape, 1, -(-max(shape) // bin_px)) if bin_px else None
         self._full_weight = full_weight
         self._adjust = adjust
         self._pixels_done = 0
@@ -410,7 +415,8 @@ class Canvas:
             values = self._adjust(values)
         y0, x0 = block[0], block[2]
         self.preview.add(y0, x0, values)
-        self._binned.add(y0, x0, weights[None])
+        if self._binned:
+            self._binned.add(y0, x0, weights[None])
         if self.image is not None:
             self.image.write_block(y0, x0, values if len(values) > 1 else values[0])
             self.image.write_alpha(y0, x0, alpha_of(weights, self._full_weight))
@@ -419,8 +425,8 @@ class Canvas:
         with self._lock:
             self._pixels_done += weights.size
 
-    def coarse_coverage(self) -> Coverage:
-        return Coverage(self._binned.image()[0], self._binned.factor)
+    def coarse_coverage(self) -> Coverage | None:
+        return Coverage(self._binned.image()[0], self._binned.factor) if self._binned else None
 
 
 def alpha_of(weights: np.ndarray, full_weight: float) -> np.ndarray:
@@ -428,81 +434,6 @@ def alpha_of(weights: np.ndarray, full_weight: float) -> np.ndarray:
     alpha = np.clip(weights * np.float32(255.0 / full_weight), 1, 255).astype(np.uint8)
     alpha[weights == 0] = 0
     return alpha
-
-
-# ----------------------------------------------------------------------------------------- the aesthetic mosaic
-
-
-@dataclass(frozen=True)
-class Aesthetics:
-    """Factors of the aesthetic mosaic: per tile from the coverage, per channel from the balance, and the black point."""
-
-    coverage_gain: np.ndarray
-    rgb_gain: np.ndarray
-    black: float
-
-
-def wants_aesthetic(settings: Settings) -> bool:
-    """Whether any step that changes flux for the eye's sake is on."""
-    return (
-        settings.two_pass_coverage_renorm
-        or settings.final_mosaic_rgb_equalize_enabled
-        or settings.final_mosaic_black_point_equalize_enabled
-    )
-
-
-def aesthetic_factors(run: Run, scene: Scene, science: CoaddResult) -> Aesthetics:
-    """Steps 4 and 5 of Phase 5, from what the first pass left in memory; the same for both backends."""
-    settings = run.settings
-    gains = np.ones(len(scene.placed))
-    if settings.two_pass_coverage_renorm:
-        gains = coverage_gains(scene, science.coverage, settings)
-    image = science.preview
-    rgb = np.ones(scene.channels)
-    if settings.final_mosaic_rgb_equalize_enabled and scene.channels > 1:
-        sky = np.array([np.nanpercentile(plane, 30) for plane in image])
-        rgb = rgb_balance_gains(sky, settings.final_mosaic_rgb_equalize_gain_clip)
-    black = 0.0
-    if settings.final_mosaic_black_point_equalize_enabled:
-        black = black_point(image * rgb[:, None, None], settings.final_mosaic_black_point_percentile)
-    return Aesthetics(gains, rgb, black)
-
-
-def coverage_gains(scene: Scene, coverage: Coverage, settings: Settings) -> np.ndarray:
-    """Relative gain of every tile from the coverage of the first pass (cells instead of pixels, sigma to match)."""
-    from scipy.ndimage import gaussian_filter
-
-    sigma = settings.two_pass_cov_sigma_px / coverage.bin
-    mean = np.nan_to_num(coverage.mean)
-    scale, smooth = coverage_scale(mean, lambda image: gaussian_filter(image, sigma))
-    gains = []
-    for item in scene.placed:
-        cy0, cy1, cx0, cx1 = coarse_window(item.rect, coverage.bin)
-        window = np.s_[cy0:cy1, cx0:cx1]
-        gains.append(
-            coverage_gain(
-                scale[window],
-                smooth[window],
-                mean[window],
-                cells_touched(item, coverage.bin).astype(bool),
-                settings.two_pass_cov_gain_clip,
-                pixels_per_cell=coverage.bin**2,
-            )
-        )
-    return relative_coverage_gains(np.array(gains))
-
-
-def aesthetic_solution(solution: PhotometricSolution, factors: Aesthetics) -> PhotometricSolution:
-    """The solution with every tile's flux multiplied by its coverage gain, about the mosaic's zero."""
-    gain = factors.coverage_gain[:, None]
-    return replace(solution, gain=solution.gain / gain, level=solution.level * gain)
-
-
-def colour_adjustment(factors: Aesthetics) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns a science block (C, h, w) into an aesthetic one."""
-    gain = factors.rgb_gain.astype(np.float32)[:, None, None]
-    black = np.float32(factors.black)
-    return lambda values: values * gain - black
 
 
 # --------------------------------------------------------------------------------------------------------- Phase 6

@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from zemosaic_mosaic import Aesthetics, Run, Scene
+from zemosaic_aesthetic import Aesthetics
+from zemosaic_mosaic import Run, Scene
 
 LIBRARIES = ("numpy", "scipy", "astropy", "reproject", "numba", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda")
 

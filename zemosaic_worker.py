@@ -134,14 +134,12 @@ def run_phases(
     """The seven phases, in order."""
     from threadpoolctl import threadpool_limits
 
+    from zemosaic_aesthetic import aesthetic_factors, aesthetic_solution, colour_adjustment
     from zemosaic_backend import BackendSwitch, open_cuda
     from zemosaic_mosaic import (
         STORE_SHARE,
         Run,
-        aesthetic_factors,
-        aesthetic_solution,
         coadd_to_disk,
-        colour_adjustment,
         lay_out,
         normalise,
         output_paths,

@@ -17,6 +17,7 @@ import pytest
 from astropy.io import fits
 from small_scene import LOG, digests, pixels, product, run, write_scene
 
+import zemosaic_aesthetic
 import zemosaic_backend
 import zemosaic_grid
 import zemosaic_mosaic
@@ -466,7 +467,7 @@ STAGES = {
     "writing the mask": (zemosaic_output.MosaicWriter, "write_alpha"),
 }
 LATE_STAGES = {
-    "the aesthetic pass": (zemosaic_mosaic, "aesthetic_solution"),
+    "the aesthetic pass": (zemosaic_aesthetic, "aesthetic_solution"),
     "the preview": (zemosaic_mosaic, "save_png"),
     "the report": (zemosaic_worker, "write_json"),
     "a sample": (zemosaic_telemetry.PhaseClock, "report"),

@@ -43,7 +43,7 @@ bench = load_benchmark()
 )
 def test_close_to_the_true_gains_and_offsets(change):
     """A small scene has fewer stars than the benchmark's: its margins are three times as wide."""
-    result = bench.run_case("small", replace(SMALL, **change), seed=3, stars=500)
+    result = bench.run_case("small", replace(SMALL, **change), seed=4, stars=500)
     assert not result["warnings"]
     assert result["regions_with_stars"] >= 3
     for key, margin in bench.MARGINS.items():
@@ -53,7 +53,7 @@ def test_close_to_the_true_gains_and_offsets(change):
 
 def test_the_judge_sees_a_wrong_gain_and_a_wrong_offset():
     """One panel of four with a gain 2 % off in one channel, then with an offset of half a sigma."""
-    scene = bench.make_scene(SMALL, seed=3, stars=500)
+    scene = bench.make_scene(SMALL, seed=4, stars=500)
     truth, right = bench.true_sky(scene), bench.true_solution(scene.panels)
     floor = bench.figures(bench.judge(bench.mosaic(scene, right)[0], truth, SMALL.noise))
     gain, level = right.gain.copy(), right.level.copy()
