@@ -26,7 +26,7 @@ MAX_PAIR_SE = 0.25
 #: Fewest common cells for an overlap to count.
 MIN_CELLS = 12
 #: Most cells of one pair that enter its fit.
-MAX_CELLS = 5000
+MAX_CELLS = 3500
 #: Most steps of one iterative fit.
 MAX_STEPS = 12
 #: Tuning constant of Tukey's biweight for 95 % efficiency on Gaussian residuals.
@@ -387,7 +387,8 @@ def fit_ratios(overlap: Overlap, basis: np.ndarray, columns: np.ndarray, start: 
             pull = projected.reshape(len(theta), -1) @ (residual * weight).ravel() - prior_information() * theta
             theta = theta + inverse_information(structure, projected, weight)[len(x) :, len(x) :] @ pull
         weight = shared_weights(residual, structure, scatter, relative)
-        if np.max(np.abs(ratio / previous - 1)) < 1e-5:
+        # without the distortions the fit is a first guess
+        if np.max(np.abs(ratio / previous - 1)) < (1e-5 if len(columns) else 1e-3):
             break
     return Fit(ratio, theta, same_x, same_y, residual, structure, np.maximum(scatter, 1.0), weight)
 
