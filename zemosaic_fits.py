@@ -147,7 +147,8 @@ class _Pixels:
 def _mask_rows(rows: np.ndarray, alpha: np.ndarray | None, zero_is_blank: bool) -> np.ndarray:
     """Set a pixel to NaN in all channels where one channel is not finite or the mask is 0, in place.
 
-    Where ``zero_is_blank``, so is a pixel that is exactly 0 in all channels.
+    Where ``zero_is_blank``, so are runs of three and more pixels of a row that are exactly 0 in all channels; a single
+    one may be a dark sky that was clipped.
     """
     good = np.isfinite(rows[0])
     for channel in rows[1:]:
@@ -157,12 +158,19 @@ def _mask_rows(rows: np.ndarray, alpha: np.ndarray | None, zero_is_blank: bool) 
         if zero.any():
             for channel in rows[1:]:
                 zero &= channel == 0
-            good &= ~zero
+            good &= ~_runs(zero)
     if alpha is not None:
         good &= alpha > 0
     if not good.all():
         rows[:, ~good] = np.nan
     return rows
+
+
+def _runs(zero: np.ndarray) -> np.ndarray:
+    """The pixels (rows, W) that belong to a run of three and more in their row, the image's edge counting as one."""
+    padded = np.pad(zero, ((0, 0), (1, 1)), constant_values=True)
+    middle = np.pad(padded[:, :-2] & zero & padded[:, 2:], ((0, 0), (1, 1)))
+    return zero & (middle[:, :-2] | middle[:, 1:-1] | middle[:, 2:])
 
 
 # ------------------------------------------------------------------------------------------------------ tiles
@@ -189,8 +197,8 @@ class Tile:
     raw_sub : bool
         It is a raw frame of a colour sensor (mono with BAYERPAT), not a stacked panel.
     zero_is_blank : bool
-        A pixel that is exactly 0 in all channels holds no data: RGB and floating-point files without ALPHA, whose
-        borders many stackers fill with 0.
+        Runs of pixels that are exactly 0 in all channels hold no data: RGB and floating-point files without ALPHA,
+        whose borders many stackers fill with 0.
     """
 
     name: str

@@ -289,11 +289,13 @@ def test_no_header_whatever_escapes_as_another_error(tmp_path, panel):
 def test_zeros_in_all_channels_are_no_data_where_files_use_them_so(tmp_path, dtype, channels, blank):
     data = np.full((channels, 20, 24), 7, dtype)
     data[:, :, :5] = 0
-    data[0, 3, 10] = 0  # in RGB one channel may be 0
+    data[:, 3, 10] = 0  # a clipped dark pixel
+    data[0, 4, 8:20] = 0  # in RGB one channel may be 0
     header = celestial_header()
     path = tmp_path / "tile.fits"
     fits.writeto(path, data if channels == 3 else data[0], header)
     rows = zf.open_tile(path).read_rows(0, 20)
     assert np.isnan(rows[:, :, :5]).all() == blank
-    assert np.isnan(rows[0, 3, 10]) == (blank and channels == 1)
-    assert (rows[:, :, 11:] == 7).all()
+    assert rows[0, 3, 10] == 0
+    assert np.isnan(rows[0, 4, 8:20]).all() == (blank and channels == 1)
+    assert (rows[:, 5:, 5:] == 7).all()
