@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zemosaic_grid import source_rows
+from zemosaic_grid import mesh_positions, pixel_scale, source_rows
 from zemosaic_photometry import CoarseTile
 from zemosaic_tiles import PixelStore, PlacedTile, Rect, TileSurvey
 
@@ -75,6 +75,24 @@ def measure_tile(
     return coarse_tile(item, survey, (cy0, cx0), means, number, cell_px)
 
 
+def relative_area(item: PlacedTile, corner: tuple[int, int], cells: tuple[int, int], cell_px: int) -> np.ndarray | None:
+    """Solid angle of a tile pixel in each cell, float32 (h, w), relative to that in the tile's middle.
+
+    It contains the solid angle of the output's pixels, a factor common to all tiles. None for too few cells.
+    """
+    if min(cells) < 2:
+        return None
+    middles = [cell_px * (first + np.arange(n)) + cell_px // 2 for first, n in zip(corner, cells, strict=True)]
+    positions = mesh_positions(item.mesh, *middles)
+    (xy, yy), (xx, yx) = (np.gradient(positions, cell_px, axis=axis) for axis in (1, 2))
+    with np.errstate(divide="ignore"):
+        area = 1.0 / np.abs(xx * yy - xy * yx) / pixel_scale(item.tile.wcs) ** 2
+    known = np.isfinite(area)
+    if not known.any():
+        return None
+    return np.where(known, area, np.median(area[known])).astype(np.float32)
+
+
 def coarse_tile(
     item: PlacedTile,
     survey: TileSurvey,
@@ -102,4 +120,5 @@ def coarse_tile(
         noise=noise,
         pixel_noise=survey.noise,
         sky=sky,
+        area=relative_area(item, corner, number.shape, cell_px),
     )
