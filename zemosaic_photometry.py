@@ -3,11 +3,11 @@
 Sequence of Phase 5, the same on both backends
 ----------------------------------------------
 1. *Measure.* Every tile is resampled onto one coarse grid of cells (means over ``photometry_cell_px`` squared output
-   pixels): a :class:`CoarseTile`. (`zemosaic_reproject.measure_tile`)
+   pixels): a :class:`CoarseTile`. (`zemosaic_measure.measure_tile`)
 2. *Solve.* :func:`compute_photometric_gains_and_offsets`: pair relations in the overlaps (:func:`pair_relation`),
    then one global robust least squares for the gains and one for the offsets -> :class:`PhotometricSolution`. On the
    CPU in both modes, so that the gains are bit-identical.
-3. *Coadd.* Each tile is normalised with :func:`apply_photometric_normalization` on the backend that holds its pixels,
+3. *Coadd.* Each tile is normalised with :func:`apply_photometric_normalization` as it is read, for both backends alike,
    then resampled, weighted and combined block by block: the science mosaic. (`zemosaic_reproject.coadd_block`)
 4. *Coverage renormalisation*, if asked for: :func:`coverage_scale`, :func:`coverage_gain` and
    :func:`relative_coverage_gains` on the coverage of step 3, then a second coadd.
