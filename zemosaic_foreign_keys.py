@@ -1,6 +1,6 @@
 """The keys of the GUI's configuration that are no settings of the worker, and what becomes of each.
 
-They are translated (to another setting), ignored, or wait for a later version. `FOREIGN_KEYS` holds them all.
+They are translated (to another setting) or ignored. `FOREIGN_KEYS` holds them all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class GuiKey:
     ----------
     key, why : str
     status : str
-        ``honoured``, ``translated``, ``ignored`` or ``later``.
+        ``honoured``, ``translated`` or ``ignored``.
     defaults : tuple
         The GUI's defaults, any of which counts as unchanged. Empty: no notice is taken of a change.
     """
@@ -63,27 +63,26 @@ _TRANSLATED = {
     "use_gpu_phase5": "`gpu`: true is auto, false is off",
     "final_assembly_method": "`engine` native: reproject_coadd and incremental are one block-wise engine",
     "worker_logging_level": "`logging_level`, where that is not set",
+    "solver_settings_dict": "`solver_method`, `solver_timeout`, `astap_*`, `force_resolve_existing_wcs`",
+    "astrometry_timeout": "`solver_timeout`, where solver_settings_dict says nothing",
+    "filter_overrides": "its `preplan_master_groups`: the panels",
+    "filtered_header_items": "the frames that are used",
     "parallel_max_cpu_workers": "upper limit of `num_processing_workers`; 0: none",
 }
 
 # Groups of keys: "status: why", then "key=default ..." with the default as JSON or a bare word, alternatives
 # joined by "|". A key without one is window state or a place on this computer: a change of it is not named.
 _UNUSED = """\
-later: Phases 1-3 (raw subs) are not in this version
-    astap_data_directory_path astap_default_downsample=2 astap_default_search_radius=3.0
-    astap_default_sensitivity=100 astap_drizzled_fallback_enabled=false astap_executable_path
-    astap_max_instances=1 astrometry_api_key astrometry_downsample=2 astrometry_local_path
-    astrometry_timeout=60 solver_method=ANSVR solver_settings_dict force_resolve_existing_wcs=false
-    auto_detect_seestar=true force_seestar_mode=false auto_limit_frames_per_master_tile=true
-    max_raw_per_master_tile=0 cache_retention=run_end cluster_orientation_split_deg=0.0
-    cluster_panel_threshold=0.03 cluster_target_groups=0 stacking_final_combine_method=mean
-    stacking_kappa_high=3.0 stacking_kappa_low=3.0 stacking_normalize_method=linear_fit
-    stacking_rejection_algorithm=winsorized_sigma_clip stacking_weighting_method=noise_variance
-    stacking_winsor_limits=[0.05,0.05] stack_use_gpu=false use_gpu_stack=false wsc_impl=pixinsight
-    stack_stat_min_finite_frac=0.02 stack_stat_min_finite_px_per_channel=4096
-    stack_stat_min_nonzero_frac=1e-05 filter_overrides filtered_header_items
-later: no run is resumed in this version: every run starts from the beginning
-    resume=off|auto
+ignored: frames are solved from their stars, which the worker finds itself, by a local program
+    astap_default_sensitivity=100 astap_drizzled_fallback_enabled=false astrometry_api_key
+    astrometry_downsample=2
+ignored: every frame's header says what it is, a Seestar's too
+    auto_detect_seestar=true force_seestar_mode=false
+ignored: `gpu` decides for all phases, and the picture is the same
+    stack_use_gpu=false use_gpu_stack=false
+ignored: one winsorized sigma clipping, and one contract for pixels without data
+    wsc_impl=pixinsight stack_stat_min_finite_frac=0.02 stack_stat_min_finite_px_per_channel=4096
+    stack_stat_min_nonzero_frac=1e-05
 ignored: only held an unstable solver in check; clipping one channel shifts colour
     intertile_gain_clip=[0.9,1.1] intertile_offset_clip=[-2000,2000] intertile_affine_blend=0.3
     intertile_pair_gain_clip=[0.5,2.0] intertile_pair_offset_abs_max=5000.0

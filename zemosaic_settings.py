@@ -2,10 +2,9 @@
 
 The fields of `Settings` are the settings of the worker, under the names of the GUI's configuration where it
 has them; `SETTINGS` is the table derived from them. `GUI_KEYS` tells of every key of that configuration if
-it is honoured (a field of the same name), translated (to another setting), ignored, or waits for a later
-version, and why; those that are no fields are listed in `zemosaic_foreign_keys`. Command line,
-configuration file, Python call and GUI all enter through `Settings.from_mapping`. The README's tables are
-made from the same source: ``python -m zemosaic_settings_table --update README.md``.
+it is honoured (a field of the same name), translated (to another setting), or ignored, and why; those that
+are no fields are listed in `zemosaic_foreign_keys`. Command line, configuration file, Python call and GUI all
+enter through `Settings.from_mapping`. The README's tables are made from the same source: ``python -m zemosaic_settings_table --update README.md``.
 """
 
 from __future__ import annotations
@@ -13,131 +12,15 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from zemosaic_foreign_keys import FOREIGN_KEYS, GuiKey
+from zemosaic_setting_rows import Setting, setting
 from zemosaic_utils import UsageError
-from zemosaic_values import (
-    show,
-    to_bool,
-    to_choice,
-    to_float,
-    to_gain_range,
-    to_int,
-    to_pair,
-    to_path,
-    to_size,
-    to_str,
-)
-
-_AUTO_WORDS = frozenset({"", "auto", "none", "null"})
-_KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "bool": (to_bool, "true or false"),
-    "int": (to_int, "a whole number"),
-    "float": (to_float, "a number"),
-    "str": (to_str, "a text"),
-    "path": (to_path, "a path"),
-    "pair": (to_pair, "two numbers such as 0.05,0.05, each"),
-    "gain range": (to_gain_range, "two numbers such as 0.9,1.1 with 1 between them, each"),
-    "size": (to_size, "a size such as 500MB or 2GB, at least 64MB"),
-}
-
-
-# ---- the table
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of the worker, as a row of the table.
-
-    Attributes
-    ----------
-    key : str
-        Name, as in the GUI's configuration where that has it.
-    kind : str
-        ``bool``, ``int``, ``float``, ``str``, ``path``, ``choice``, ``pair`` (two floats), ``gain range``
-        (two floats, low <= 1 <= high) or ``size`` (bytes).
-    default : object
-        Value on the command line; None where the worker finds it out by itself ("auto").
-    unit, meaning : str
-        For the reader.
-    choices : tuple of str
-        Allowed values of a ``choice``.
-    low, high : float or None
-        Inclusive range of a number, or of both numbers of a pair.
-    in_gui : bool
-        Whether the GUI's configuration has this key.
-    gui_default : object
-        Its default there, where it is another one.
-    """
-
-    key: str
-    kind: str
-    default: Any
-    unit: str = ""
-    meaning: str = ""
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    in_gui: bool = True
-    gui_default: Any = None
-
-    @property
-    def optional(self) -> bool:
-        """Whether "auto" (None) is a value of its own."""
-        return self.default is None
-
-    def allowed(self) -> str:
-        """What may be given, as the end of the sentence "expected ..."."""
-        if self.kind == "choice":
-            text = "one of " + ", ".join(self.choices)
-        else:
-            text = _KINDS[self.kind][1]
-            if self.low is not None and self.kind != "size":
-                text += f" from {self.low:g} to {self.high:g}"
-        return text + (", or auto" if self.optional else "")
-
-    def coerce(self, value: Any, source: str) -> Any:
-        """Return `value` as this setting's type; None means the default.
-
-        Raises
-        ------
-        UsageError
-            Names the key, the value and what is allowed.
-        """
-        if value is None:
-            return self.default
-        if self.optional and isinstance(value, str) and value.strip().lower() in _AUTO_WORDS:
-            return None
-        try:
-            result = to_choice(value, self.choices) if self.kind == "choice" else _KINDS[self.kind][0](value)
-            self._check_range(result)
-        except ValueError:
-            raise UsageError(
-                f"Setting {self.key} = {show(value)} ({source}) cannot be used: expected {self.allowed()}."
-            ) from None
-        return result
-
-    def _check_range(self, value: Any) -> None:
-        if self.low is None or self.high is None:
-            return
-        for number in value if isinstance(value, tuple) else (value,):
-            if not self.low <= number <= self.high:
-                raise ValueError("out of range")
-
-
-def setting(default: Any, meaning: str, *, kind: str = "", ours: bool = False, **row: Any) -> Any:
-    """Declare a dataclass field that is a row of the table; the kind follows from the default.
-
-    `ours`: the GUI's configuration has it not. `row`: other attributes of its `Setting`.
-    """
-    if not kind:
-        guess = "pair" if isinstance(default, tuple) else type(default).__name__
-        kind = "choice" if "choices" in row else guess
-    return field(default=default, metadata={"kind": kind, "meaning": meaning, "in_gui": not ours, **row})
+from zemosaic_values import show
 
 
 @dataclass(frozen=True)
@@ -160,6 +43,92 @@ class Settings:
     apply_master_tile_crop: bool = setting(False, "trim every tile before use", gui_default=True)
     master_tile_crop_percent: float = setting(
         3.0, "trimmed from each side of a tile where that is on", unit="% of the side", low=0, high=45
+    )
+
+    # Phase 1: raw frames
+    dark: str = setting("", "master dark, or a folder of dark frames", kind="path", ours=True)
+    flat: str = setting("", "master flat, or a folder of flat frames", kind="path", ours=True)
+    bias: str = setting("", "master bias, or a folder of bias frames", kind="path", ours=True)
+    bayer_pattern: str = setting(
+        "auto",
+        "colour filters of the sensor; auto: what the header says, GRBG for a Seestar",
+        choices=("auto", "RGGB", "GRBG", "GBRG", "BGGR"),
+        ours=True,
+    )
+    debayer_method: str = setting(
+        "edge_aware",
+        "how the colours between the filters are interpolated",
+        choices=("edge_aware", "bilinear"),
+        ours=True,
+    )
+    hot_pixel_sigma: float = setting(
+        8.0, "a pixel so far above its neighbours is repaired; 0: none", unit="sigma", low=0, high=1000, ours=True
+    )
+    reject_bad_frames: bool = setting(True, "set aside frames that are trailed or clouded beside the others", ours=True)
+
+    # Phase 1: plate solving
+    force_resolve_existing_wcs: bool = setting(False, "solve frames that have a WCS in their header, too")
+    solver_method: str = setting(
+        "auto",
+        "plate solver: ASTAP or astrometry.net's solve-field; auto, or one that is not there: what is installed",
+        choices=("auto", "astap", "astrometry", "ansvr", "none"),
+        gui_default="ansvr",
+    )
+    solver_timeout: float = setting(60.0, "time for one frame", unit="s", low=1, high=3600, ours=True)
+    astap_executable_path: str = setting("", "ASTAP's program; empty: looked for", kind="path")
+    astap_data_directory_path: str = setting("", "folder of ASTAP's star database; empty: ASTAP knows", kind="path")
+    astap_default_search_radius: float = setting(
+        3.0, "distance from the pointing in the header to search", unit="degrees", low=0.1, high=180
+    )
+    astap_default_downsample: int = setting(2, "ASTAP: binning before stars are found; 0: auto", low=0, high=8)
+    astap_max_instances: int = setting(1, "ASTAP: programs at the same time", low=1, high=64)
+    astrometry_local_path: str = setting(
+        "", "solve-field, or the folder of astrometry.net's programs or index files; empty: looked for", kind="path"
+    )
+    refine_wcs: bool = setting(True, "align the frames of a panel on their stars", ours=True)
+
+    # Phase 2: panels
+    cluster_panel_threshold: float | None = setting(
+        None,
+        "frames nearer to each other than this belong to one panel; auto: a tenth of the frame's shorter side",
+        unit="degrees",
+        kind="float",
+        low=0,
+        high=180,
+        gui_default=0.03,
+    )
+    cluster_target_groups: int = setting(
+        0, "at most so many panels: the threshold grows until they are; 0: any number", low=0, high=100000
+    )
+    cluster_orientation_split_deg: float = setting(
+        0.0, "frames turned by more than this are panels of their own; 0: never", unit="degrees", low=0, high=180
+    )
+    max_raw_per_master_tile: int = setting(0, "at most so many frames in a panel; 0: any number", low=0, high=1000000)
+    auto_limit_frames_per_master_tile: bool = setting(True, "limit the frames of a panel where that is 0")
+
+    # Phase 3: master tiles
+    stacking_normalize_method: str = setting(
+        "linear_fit",
+        "frames of a panel are matched in gain and offset, in offset alone, or not at all",
+        choices=("linear_fit", "sky_mean", "none"),
+    )
+    stacking_weighting_method: str = setting(
+        "noise_variance",
+        "weight of a frame: 1 / noise^2, 1 / (noise FWHM)^2, or all alike",
+        choices=("noise_variance", "noise_fwhm", "none"),
+    )
+    stacking_rejection_algorithm: str = setting(
+        "winsorized_sigma_clip",
+        "how satellites, planes and moving objects are found",
+        choices=("none", "kappa_sigma", "winsorized_sigma_clip", "linear_fit_clip"),
+    )
+    stacking_kappa_low: float = setting(3.0, "rejection limit below the centre", unit="sigma", low=0.1, high=100)
+    stacking_kappa_high: float = setting(3.0, "rejection limit above the centre", unit="sigma", low=0.1, high=100)
+    stacking_winsor_limits: tuple[float, float] = setting(
+        (0.05, 0.05), "winsorized_sigma_clip: fraction drawn in at both ends", low=0, high=0.49
+    )
+    stacking_final_combine_method: str = setting(
+        "mean", "how the samples that are left are combined", choices=("mean", "median")
     )
 
     # Phase 4: output grid
@@ -291,10 +260,21 @@ class Settings:
         2 * 10**9, "memory for the blocks in work", unit="bytes", kind="size", low=64e6, high=1e15, ours=True
     )
     num_processing_workers: int = setting(-1, "threads; -1 or 0: all cores", low=-1, high=1024)
+    resume: str = setting(
+        "auto",
+        "go on where a run with the same input and settings was stopped; force: know the input by its content alone",
+        choices=("off", "auto", "force"),
+    )
+    cache_retention: str = setting(
+        "run_end",
+        "what a resume can use is removed at the end of the run, or kept for another run",
+        choices=("run_end", "per_tile", "keep"),
+    )
     coadd_memmap_dir: str = setting("", "folder for temporary files; empty: in OUTPUT_DIR", kind="path")
     cleanup_temp_artifacts: bool = setting(True, "remove temporary files at the end")
 
     # Outputs
+    keep_master_tiles: bool = setting(True, "keep the master tiles made of raw frames in OUTPUT_DIR", ours=True)
     save_final_as_uint16: bool = setting(False, "write the mosaics as uint16 (BZERO) instead of float32")
     legacy_rgb_cube: bool = setting(False, "write colour as (H, W, 3) instead of (3, H, W)")
     preview_png_p_low: float = setting(1.0, "preview: percentile shown black", unit="%", low=0, high=100)
@@ -402,6 +382,7 @@ def _translate(mapping: Mapping[str, Any], values: dict[str, Any], source: str) 
     use_gpu = read("use_gpu_phase5", "bool", None)
     if use_gpu is not None:
         values.setdefault("gpu", "auto" if use_gpu else "off")
+    _read_solver_settings(mapping.get("solver_settings_dict"), mapping, values, source)
     level = read("worker_logging_level", "choice", None, choices=_BY_KEY["logging_level"].choices)
     if level is not None and values.get("logging_level", "INFO") == "INFO":
         values["logging_level"] = level
@@ -411,6 +392,34 @@ def _translate(mapping: Mapping[str, Any], values: dict[str, Any], source: str) 
         values["num_processing_workers"] = min(jobs, limit) if jobs > 0 else limit
     if values.get("global_wcs_res_override") is not None:
         values["global_wcs_pixelscale_mode"] = "given"
+
+
+#: What the GUI's solver_settings_dict holds, and the setting that it means.
+_SOLVER_KEYS = {
+    "solver_choice": "solver_method",
+    "timeout": "solver_timeout",
+    "astap_executable_path": "astap_executable_path",
+    "astap_data_directory_path": "astap_data_directory_path",
+    "astap_search_radius_deg": "astap_default_search_radius",
+    "astap_downsample": "astap_default_downsample",
+    "astap_max_instances": "astap_max_instances",
+    "force_resolve_existing_wcs": "force_resolve_existing_wcs",
+}
+
+
+def _read_solver_settings(given: Any, mapping: Mapping[str, Any], values: dict[str, Any], source: str) -> None:
+    """Add what ``solver_settings_dict`` says: the solver's window goes before the configuration, if it says anything."""
+    if mapping.get("astrometry_timeout") is not None:
+        row = _BY_KEY["solver_timeout"]
+        values.setdefault(row.key, replace(row, key="astrometry_timeout").coerce(mapping["astrometry_timeout"], source))
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise UsageError(f"Setting solver_settings_dict = {show(given)} ({source}) cannot be used: expected a mapping.")
+    for key, name in _SOLVER_KEYS.items():
+        if given.get(key) not in (None, ""):
+            row = replace(_BY_KEY[name], key=f"solver_settings_dict[{key!r}]")
+            values[name] = row.coerce(given[key], source)
 
 
 def _unknown_key(key: Any, source: str) -> str:

@@ -50,7 +50,7 @@ def settings_table_markdown() -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for key, row in sorted(FOREIGN_KEYS.items()):
         groups.setdefault((row.status, row.why), []).append(f"`{key}`")
-    order = {"translated": 0, "later": 1, "ignored": 2}
+    order = {"translated": 0, "ignored": 1}
     for (status, why), keys in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[1][0])):
         lines.append(f"| {', '.join(keys)} | {status} | {why} |")
     return "\n".join(lines) + "\n"

@@ -52,7 +52,7 @@ def test_every_gui_key_has_one_status():
     listed += [*zfk._TRANSLATED, *(row.key for row in SETTINGS if row.in_gui)]
     assert len(listed) == len(set(listed)) == len(GUI_KEYS)
     assert set(GUI_KEYS) == set(RECORDED) | NOT_RECORDED
-    assert {row.status for row in GUI_KEYS.values()} == {"honoured", "translated", "ignored", "later"}
+    assert {row.status for row in GUI_KEYS.values()} == {"honoured", "translated", "ignored"}
     assert all(row.why for row in GUI_KEYS.values())
 
 
@@ -66,7 +66,7 @@ def test_settings_that_are_ours_are_not_in_the_gui():
 
 def test_recorded_defaults_are_those_of_the_table():
     """Where the GUI's default is another one than ours, the table says so."""
-    set_by_the_user = {"use_existing_master_tiles", "num_processing_workers"}
+    set_by_the_user = {"use_existing_master_tiles", "num_processing_workers", "resume"}
     for row in SETTINGS:
         if row.in_gui and row.key not in set_by_the_user:
             gui_default = row.default if row.gui_default is None else row.gui_default
@@ -87,11 +87,6 @@ def test_changed_ignored_keys_are_named_in_one_note():
 @pytest.mark.parametrize("same", ["0.9,1.1", (0.9, 1.1), ["0.9", 1.1], "[0.9, 1.1]", None])
 def test_a_default_written_otherwise_is_unchanged(same):
     assert Settings.from_mapping(RECORDED | {"intertile_gain_clip": same}, "gui")[1] == []
-
-
-@pytest.mark.parametrize(("value", "noted"), [("off", 0), ("auto", 0), ("force", 1)])
-def test_both_defaults_of_resume_are_unchanged(value, noted):
-    assert len(Settings.from_mapping({"resume": value}, "gui")[1]) == noted
 
 
 def test_unknown_gui_keys_are_passed_over():
