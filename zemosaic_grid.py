@@ -12,13 +12,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from astropy import units
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
-from astropy.wcs.utils import pixel_to_pixel, proj_plane_pixel_scales
+from astropy.wcs.utils import (
+    celestial_frame_to_wcs,
+    pixel_to_pixel,
+    proj_plane_pixel_scales,
+    wcs_to_celestial_frame,
+)
 
 from zemosaic_fits import Tile
 from zemosaic_headers import read_wcs_file
@@ -54,6 +60,12 @@ class CoordinateMesh:
     def arguments(self) -> tuple[np.ndarray, int, int, int]:
         """What the pixel functions take: (nodes, y, x, step)."""
         return self.nodes, self.y, self.x, self.step
+
+    @cached_property
+    def magnification(self) -> float:
+        """Tile pixels per output pixel, with half as much again for what varies over the tile."""
+        steps = [np.nanmedian(np.hypot(*np.diff(self.nodes, axis=axis))) for axis in (1, 2)]
+        return 1.5 * float(max(steps)) / self.step
 
 
 @dataclass(frozen=True)
@@ -100,19 +112,51 @@ def grid_header(grid: OutputGrid) -> fits.Header:
 
 
 def optimal_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
-    """`find_optimal_celestial_wcs` of the tiles, with the wanted scale, orientation and padding."""
-    from reproject.mosaicking import find_optimal_celestial_wcs
-
+    """Output grid just large enough for the tiles, with the wanted scale, orientation and padding."""
     scale = wanted_scale(tiles, settings)
-    wcs, shape = find_optimal_celestial_wcs(
-        [(tile.shape, tile.wcs) for tile in tiles],
-        resolution=scale * units.deg,
-        auto_rotate=settings.global_wcs_orientation == "as_tiles",
-        projection="TAN",
-    )
+    wcs, shape = _north_up_grid(tiles, scale) if settings.global_wcs_orientation == "north_up" else (None, None)
+    if wcs is None:
+        from reproject.mosaicking import find_optimal_celestial_wcs
+
+        wcs, shape = find_optimal_celestial_wcs(
+            [(tile.shape, tile.wcs) for tile in tiles],
+            resolution=scale * units.deg,
+            auto_rotate=settings.global_wcs_orientation == "as_tiles",
+            projection="TAN",
+        )
     pad = [round(n * settings.global_wcs_padding_percent / 100 / 2) for n in shape]
     wcs.wcs.crpix = [wcs.wcs.crpix[0] + pad[1], wcs.wcs.crpix[1] + pad[0]]
     return OutputGrid(wcs, (int(shape[0]) + 2 * pad[0], int(shape[1]) + 2 * pad[1]))
+
+
+def _north_up_grid(tiles: Sequence[Tile], scale: float) -> tuple[WCS | None, tuple[int, int] | None]:
+    """What `reproject.mosaicking.find_optimal_celestial_wcs` answers, for tiles of one celestial frame; None else.
+
+    Importing reproject, with all that it brings, takes longer than a small mosaic's pixels. The definition is
+    reproject's: tangent point in the mean direction of the tiles' reference pixels, size from the tiles' corners.
+    """
+    frame = wcs_to_celestial_frame(tiles[0].wcs)
+    if not all(wcs_to_celestial_frame(tile.wcs).is_equivalent_frame(frame) for tile in tiles[1:]):
+        return None, None
+    references, corners = [], []
+    for tile in tiles:
+        height, width = tile.shape
+        references.append(tile.wcs.all_pix2world([tile.wcs.wcs.crpix], 1))
+        x, y = np.array([-0.5, width - 0.5, width - 0.5, -0.5]), np.array([-0.5, -0.5, height - 0.5, height - 0.5])
+        corners.append(tile.wcs.all_pix2world(np.stack([x, y], axis=1), 0))
+    lon, lat = np.deg2rad(np.concatenate(references)).T
+    middle = np.mean([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+    wcs = celestial_frame_to_wcs(frame, projection="TAN")
+    wcs.wcs.crval = np.rad2deg(
+        [np.arctan2(middle[1], middle[0]) % (2 * np.pi), np.arctan2(middle[2], np.hypot(*middle[:2]))]
+    )
+    wcs.wcs.cdelt = -scale, scale
+    wcs.wcs.crpix = 1, 1
+    pixels = wcs.wcs_world2pix(np.concatenate(corners), 1)
+    low, high = pixels.min(axis=0), pixels.max(axis=0)
+    wcs.wcs.crpix = 1.5 - low
+    width, height = np.rint(high - low).astype(int)
+    return wcs, (int(height), int(width))
 
 
 def wanted_scale(tiles: Sequence[Tile], settings: Settings) -> float:
@@ -131,7 +175,8 @@ def pixel_scale(wcs: WCS) -> float:
 def tile_centre(tile: Tile) -> SkyCoord:
     """Sky position of the centre of a tile, in ICRS."""
     height, width = tile.shape
-    return tile.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
+    centre = tile.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
+    return SkyCoord(centre.ra, centre.dec)  # without the attributes of the frame it came from
 
 
 def refuse_scattered(tiles: Sequence[Tile], max_gigapixels: float, scale: float) -> None:
@@ -296,16 +341,10 @@ def source_rows(
     columns = np.unique(np.append(np.arange(rect[2], rect[3], every), rect[3] - 1))
     x, y = mesh_positions(mesh, rows, columns)
     height, width = tile_shape
-    reach = margin + every * _mesh_magnification(mesh)
+    reach = margin + every * mesh.magnification
     near = (x > -reach) & (x < width + reach) & (y > -reach) & (y < height + reach)
     if not near.any():
         return None
     y0 = max(int(np.floor(y[near].min() - margin)), 0)
     y1 = min(int(np.ceil(y[near].max() + margin)) + 1, height)
     return (y0, y1) if y0 < y1 else None
-
-
-def _mesh_magnification(mesh: CoordinateMesh) -> float:
-    """Tile pixels per output pixel, with half as much again for what varies over the tile."""
-    steps = [np.nanmedian(np.hypot(*np.diff(mesh.nodes, axis=axis))) for axis in (1, 2)]
-    return 1.5 * float(max(steps)) / mesh.step

@@ -584,6 +584,36 @@ def combine_layers(values, weights, method, kappa_low, kappa_high, trim_low, tri
             combine_pixel(values, weights, y, x, method, kappa_low, kappa_high, trim_low, trim_high, out)
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def stored_bytes(values, out):
+    """Float32 values (h, w) as big-endian words, uint32 (h, w): what a FITS file holds; 0 where they are not finite."""
+    bits = values.view(np.uint32)
+    for j in range(values.shape[0]):
+        for i in range(values.shape[1]):
+            word = bits[j, i]
+            if word & np.uint32(0x7F800000) == np.uint32(0x7F800000):
+                word = np.uint32(0)
+            out[j, i] = (
+                (word >> np.uint32(24))
+                | ((word >> np.uint32(8)) & np.uint32(0xFF00))
+                | ((word & np.uint32(0xFF00)) << np.uint32(8))
+                | (word << np.uint32(24))
+            )
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def bin_plane(plane, y, x, factor, sums, counts):
+    """Add float32 pixels (h, w) that are not NaN, the first at (y, x) of a grid of squares, to the squares' sums."""
+    for j in range(plane.shape[0]):
+        row = (y + j) // factor
+        for i in range(plane.shape[1]):
+            value = plane[j, i]
+            if value == value:
+                column = (x + i) // factor
+                sums[row, column] += value
+                counts[row, column] += 1
+
+
 def cuda_kernels(cuda):
     """The same loops as CUDA kernels, one thread a pixel (or coarse cell).
 

@@ -13,6 +13,8 @@ from zemosaic_tiles import PixelStore, PlacedTile, Rect, TileSurvey
 
 #: Rows of the output measured at a time.
 STRIP = 2048
+#: Cells between two samples of the pixels' solid angle.
+AREA_STEP = 8
 
 
 def coarse_window(rect: Rect, cell_px: int) -> Rect:
@@ -82,15 +84,24 @@ def relative_area(item: PlacedTile, corner: tuple[int, int], cells: tuple[int, i
     """
     if min(cells) < 2:
         return None
-    middles = [cell_px * (first + np.arange(n)) + cell_px // 2 for first, n in zip(corner, cells, strict=True)]
+    # so smooth that every eighth cell will do
+    spots = [np.unique(np.append(np.arange(0, n, AREA_STEP), n - 1)) for n in cells]
+    middles = [cell_px * (first + spot) + cell_px // 2 for first, spot in zip(corner, spots, strict=True)]
     positions = mesh_positions(item.mesh, *middles)
-    (xy, yy), (xx, yx) = (np.gradient(positions, cell_px, axis=axis) for axis in (1, 2))
+    (xy, yy), (xx, yx) = (np.gradient(positions, middle, axis=1 + k) for k, middle in enumerate(middles))
     with np.errstate(divide="ignore"):
         area = 1.0 / np.abs(xx * yy - xy * yx) / pixel_scale(item.tile.wcs) ** 2
     known = np.isfinite(area)
     if not known.any():
         return None
-    return np.where(known, area, np.median(area[known])).astype(np.float32)
+    area = np.where(known, area, np.median(area[known]))
+    down, across = (linear_weights(spot, n) for spot, n in zip(spots, cells, strict=True))
+    return (down @ area @ across.T).astype(np.float32)
+
+
+def linear_weights(spots: np.ndarray, length: int) -> np.ndarray:
+    """Dense (length, len(spots)) matrix that interpolates linearly between samples at ascending ``spots``."""
+    return np.stack([np.interp(np.arange(length), spots, row) for row in np.eye(len(spots))], axis=1)
 
 
 def coarse_tile(

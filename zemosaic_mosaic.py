@@ -255,6 +255,7 @@ def solve(
             gain_se_limit=settings.gain_se_limit,
             reject_bad_tiles=settings.reject_bad_tiles,
         ),
+        jobs=run.jobs,
     )
     reporter.info(
         "assemble_info_intertile_photometric_applied",

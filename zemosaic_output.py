@@ -179,9 +179,14 @@ class MosaicWriter:
         if self._unsigned:
             values = np.nan_to_num(block, nan=0.0, posinf=0.0, neginf=0.0)
             return (np.clip(np.rint(values), 0, 65535) - 32768).astype(">i2", order="C")
-        out = np.array(block, np.float32, order="C")
-        out[~np.isfinite(out)] = 0
-        return out.byteswap(inplace=True).view(">f4") if sys.byteorder == "little" else out
+        values = np.ascontiguousarray(block, np.float32)
+        if sys.byteorder == "big":
+            return np.where(np.isfinite(values), values, np.float32(0))
+        from zemosaic_kernels import stored_bytes
+
+        out = np.empty(values.shape, np.uint32)
+        stored_bytes(values.reshape(-1, values.shape[-1]), out.reshape(-1, values.shape[-1]))
+        return out.view(">f4")
 
     def _write_rows(self, start: int, size: tuple[int, int], y0: int, x0: int, values: np.ndarray) -> None:
         """Write (h, w) or (h, w, C) stored values into the plane of `size` that begins at byte `start`."""

@@ -10,6 +10,7 @@ docs/photometry.md derives it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -161,21 +162,18 @@ def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
     return a.means[:, ya, xa], b.means[:, yb, xb], both
 
 
-def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None) -> list[PairRelation]:
-    """Relations of all overlapping pairs, in the order of the tiles."""
+def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None, jobs: int = 1) -> list[PairRelation]:
+    """Relations of all overlapping pairs, in the order of the tiles, measured on ``jobs`` threads."""
     use = [k for k in range(len(tiles)) if excluded is None or not excluded[k]]
     boxes = np.array([[*t.corner, t.corner[0] + t.fraction.shape[0], t.corner[1] + t.fraction.shape[1]] for t in tiles])
-    relations = []
+    candidates: list[tuple[int, int]] = []
     for position, i in enumerate(use):
         rest = np.array(use[position + 1 :], dtype=int)
-        if not rest.size:
-            break
         meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
-        for j in rest[meets]:
-            relation = pair_relation(tiles, i, int(j))
-            if relation is not None:
-                relations.append(relation)
-    return relations
+        candidates += [(i, int(j)) for j in rest[meets]]
+    with ThreadPoolExecutor(max(jobs, 1), thread_name_prefix="pairs") as pool:
+        found = pool.map(lambda pair: pair_relation(tiles, *pair), candidates)
+        return [relation for relation in found if relation is not None]
 
 
 def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:

@@ -133,7 +133,9 @@ def apply_photometric_normalization(data, gain, pivot, level):
     for c in range(data.shape[0]):
         for row in range(0, rows, step):
             piece = (c, slice(row, min(row + step, rows)), ...) if data.ndim > 1 else (c,)
-            out[piece] = (data[piece] - float(pivot[c])) * (1.0 / float(gain[c])) + float(level[c])
+            out[piece] = data[piece] - float(pivot[c])
+            out[piece] *= 1.0 / float(gain[c])
+            out[piece] += float(level[c])
     return out
 
 
@@ -154,6 +156,7 @@ def compute_photometric_gains_and_offsets(
     tiles: Sequence[CoarseTile],
     options: PhotometryOptions | None = None,
     pairs: Sequence[PairRelation] | None = None,
+    jobs: int = 1,
 ) -> PhotometricSolution:
     """Gain and offset of every tile and channel from the overlaps.
 
@@ -164,6 +167,8 @@ def compute_photometric_gains_and_offsets(
     options : PhotometryOptions
     pairs : sequence of PairRelation, optional
         Relations measured before; otherwise every overlapping pair is measured here.
+    jobs : int
+        Threads that measure; the result does not depend on them.
 
     Returns
     -------
@@ -180,7 +185,7 @@ def compute_photometric_gains_and_offsets(
     notes: list[str] = []
     excluded = absurd_levels(tiles) if options.reject_bad_tiles else np.zeros(len(tiles), bool)
     if pairs is None:
-        pairs = measure_pairs(tiles, excluded)
+        pairs = measure_pairs(tiles, excluded, jobs)
     while True:
         solution = _solve(tiles, [p for p in pairs if not (excluded[p.i] or excluded[p.j])], excluded, options)
         worst = worst_tile(solution, tiles) if options.reject_bad_tiles else None

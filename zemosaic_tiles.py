@@ -172,11 +172,12 @@ def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) ->
     """
     if not differences:
         return np.zeros(channels)
-    sizes = np.abs(np.concatenate(differences, axis=1)).astype(float)
+    sizes = np.abs(np.concatenate(differences, axis=1))
+    known = [line[np.isfinite(line)] for line in sizes]
     # variance of the difference: (1 + 1/4 + 1/4) sigma^2
-    noise = np.nan_to_num(1.4826 * np.nanmedian(sizes, axis=1) / np.sqrt(1.5))
+    noise = np.array([1.4826 * float(np.median(line)) / np.sqrt(1.5) if line.size else 0.0 for line in known])
     # the smallest difference is half a step of q, and the rounding's noise q / sqrt(12)
-    step = np.min(np.where(sizes > 0, sizes, np.inf), axis=1)
+    step = np.array([np.min(line, where=line > 0, initial=np.inf) for line in known], float)
     rounding = np.where(np.isfinite(step), step / np.sqrt(3), 0.0)
     return np.where(noise > 0, noise, np.maximum(rounding, 1e-6 * spread))
 

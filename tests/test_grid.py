@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from astropy import units
 from astropy.io import fits
 from astropy.wcs import WCS, DistortionLookupTable
 from astropy.wcs.utils import pixel_to_pixel, proj_plane_pixel_scales
+from reproject.mosaicking import find_optimal_celestial_wcs
 
 from zemosaic_demo import add_sip, tangent_wcs
 from zemosaic_fits import array_tile
@@ -202,6 +204,22 @@ def test_grid_holds_all_tiles(tiles):
         x, y = pixel_to_pixel(tile.wcs, grid.wcs, *corners)
         assert min(x) > -0.5 and min(y) > -0.5 and max(x) < grid.shape[1] and max(y) < grid.shape[0]
     assert np.allclose(scale_of(grid), 4.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kinds", [CASES, ["tan"], ["tan", "sip", "rotated"], ["tpv"], ["galactic"], ["fk5 of 1975"], ["car", "zea"]]
+)
+def test_north_up_grid_is_that_of_reproject(kinds):
+    tiles = [tile_of(CASES[kind]) for kind in kinds]
+    grid = choose_output_grid(
+        tiles, Settings(global_wcs_padding_percent=0, global_wcs_res_override=5.0, global_wcs_pixelscale_mode="given")
+    )
+    wcs, shape = find_optimal_celestial_wcs([(t.shape, t.wcs) for t in tiles], resolution=5 * units.arcsec)
+    assert grid.shape == shape
+    assert list(grid.wcs.wcs.ctype) == list(wcs.wcs.ctype) and grid.wcs.wcs.radesys == wcs.wcs.radesys
+    corners = np.array([[0, 0], [shape[1], 0], [0, shape[0]], shape[::-1]], float)
+    moved = grid.wcs.wcs_world2pix(wcs.wcs_pix2world(corners, 0), 0)
+    np.testing.assert_allclose(moved, corners, atol=1e-6)
 
 
 def test_pixel_scale_settings(tiles):
