@@ -87,17 +87,16 @@ class CpuBackend:
     def combine(self, values, weights, method, options, out) -> None:
         """Combine layers; ``options`` = (kappa_low, kappa_high, trim_low, trim_high).
 
-        ``values`` (K, C, h, w) and the weights are sorted in place; ``weights`` may be (K, h, w), the same for all
-        channels, and is then left alone.
+        ``values`` is (K, C, h, w), which may be sorted in place; ``weights`` the same, or (K, h, w) for all channels.
         """
-        if weights.ndim == 3:
-            weights = np.repeat(weights[:, None], values.shape[1], axis=1)
+        weights = weights[:, None] if weights.ndim == 3 else weights
         self._kernel("combine_layers")(values, weights, method, *options, out)
 
     def _kernel(self, name: str) -> Callable:
+        import zemosaic_combine
         import zemosaic_kernels
 
-        kernel = getattr(zemosaic_kernels, name)
+        kernel = getattr(zemosaic_combine if name == "combine_layers" else zemosaic_kernels, name)
         return kernel if self._compiled else kernel.py_func
 
     def free_bytes(self, fraction: float) -> int | None:
@@ -344,11 +343,12 @@ def trial(backend: Any) -> list[np.ndarray]:
     values, weights = backend.zeros((3, 2, 4, 4)), backend.zeros((3, 4, 4))
     for k in range(3):
         backend.resample(image, part, values[k], weights[k], k == 2)
+    layers = [backend.download(values), backend.download(weights)]  # combining may sort them
     out = backend.zeros((3, 4, 4))
     backend.combine(values, weights, 0, (3.0, 3.0, 0.05, 0.05), out)
     sums, counts = backend.zeros((2, 2, 2), "float64"), backend.zeros((2, 2), "int32")
     backend.measure(image, (0, 0), (8, 8), part.mesh, 2, (0, 0), np.ones((2, 2), np.uint8), sums, counts)
-    return [backend.download(array) for array in (values, weights, out, sums, counts)]
+    return layers + [backend.download(array) for array in (out, sums, counts)]
 
 
 def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:

@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from zemosaic_backend import CpuBackend
 from zemosaic_fits import Tile
@@ -24,7 +25,9 @@ from zemosaic_photometry import Normalisation, PhotometricSolution, identity_sol
 from zemosaic_tiles import WEIGHT_CELL, PixelStore, PlacedTile, Rect
 
 KERNELS = ("bilinear", "lanczos3")
-COMBINE = ("mean", "sum", "median", "sigma_clip", "winsorized", "min", "max", "first", "last")
+COMBINE = (
+    "mean", "sum", "median", "sigma_clip", "winsorized", "winsorized_clip", "linear_fit_clip", "min", "max", "first", "last",
+)  # fmt: skip
 #: Ways to combine that need no more than running sums; the others keep a layer a tile.
 STREAMED = ("mean", "sum")
 #: Pixels of a band: few enough that what is done to a finished block stays near the processor.
@@ -50,8 +53,25 @@ class CoaddOptions:
 
     @property
     def limits(self) -> tuple[float, float, float, float]:
-        """What the combining functions of `zemosaic_kernels` take."""
-        return (float(self.kappa_low), float(self.kappa_high), *map(float, self.winsor_limits))
+        """What the combining functions of `zemosaic_combine` take: two limits in sigma, two fractions.
+
+        For ``winsorized_clip`` the limits are in units of the narrowed spread of winsorized samples.
+        """
+        narrowed = winsorized_spread(*self.winsor_limits) if self.combine == "winsorized_clip" else 1.0
+        return (self.kappa_low / narrowed, self.kappa_high / narrowed, *map(float, self.winsor_limits))
+
+
+def winsorized_spread(low: float, high: float) -> float:
+    """Standard deviation about the median of a unit Gaussian whose fractions ``low`` and ``high`` are drawn in to their
+    quantiles; from the integral of z^2 over the normal density."""
+    variance = 1.0
+    for fraction in (low, high):
+        if fraction > 0:
+            z = -special.ndtri(fraction)
+            density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
+            # beyond z lie the second moment z * density + fraction, and after drawing in z^2 * fraction
+            variance += z * z * fraction - (z * density + fraction)
+    return float(np.sqrt(variance))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +123,30 @@ def plan_blocks(
             middle = (block[0] + block[1]) // 2
             pending += [(middle, block[1], block[2], block[3]), (block[0], middle, block[2], block[3])]
     return blocks
+
+
+def without(blocks: Sequence[Rect], done: Sequence[Rect]) -> list[Rect]:
+    """What of ``blocks`` lies outside the rectangles ``done``, in rectangles."""
+    if not done:
+        return list(blocks)
+    boxes, rest = np.array(done), []
+    for block in blocks:
+        pieces = [block]
+        meets = (boxes[:, ::2] < block[1::2]).all(axis=1) & (boxes[:, 1::2] > block[::2]).all(axis=1)
+        for n in np.nonzero(meets)[0]:
+            pieces = [part for piece in pieces for part in _minus(piece, done[n])]
+        rest += pieces
+    return rest
+
+
+def _minus(a: Rect, b: Rect) -> list[Rect]:
+    """At most four rectangles: above, below, left and right of ``b`` in ``a``."""
+    common = intersection(a, b)
+    if common is None:
+        return [a]
+    y0, y1, x0, x1 = common
+    parts = [(a[0], y0, a[2], a[3]), (y1, a[1], a[2], a[3]), (y0, y1, a[2], x0), (y0, y1, x1, a[3])]
+    return [part for part in parts if part[0] < part[1] and part[2] < part[3]]
 
 
 def block_bytes(block: Rect, placed: Sequence[PlacedTile], options: CoaddOptions) -> int:
@@ -239,16 +283,18 @@ def _layered_block(
     backend,
 ):
     """Combine that needs all values of a pixel at once: one layer a tile."""
-    from zemosaic_kernels import FIRST, LAST, MAXIMUM, MEDIAN, MINIMUM, SIGMA_CLIP, WINSORIZED
+    import zemosaic_combine as how
 
     methods = {
-        "median": MEDIAN,
-        "sigma_clip": SIGMA_CLIP,
-        "winsorized": WINSORIZED,
-        "min": MINIMUM,
-        "max": MAXIMUM,
-        "first": FIRST,
-        "last": LAST,
+        "median": how.MEDIAN,
+        "sigma_clip": how.SIGMA_CLIP,
+        "winsorized": how.WINSORIZED,
+        "winsorized_clip": how.WINSORIZED_CLIP,
+        "linear_fit_clip": how.LINEAR_FIT_CLIP,
+        "min": how.MINIMUM,
+        "max": how.MAXIMUM,
+        "first": how.FIRST,
+        "last": how.LAST,
     }
     values = backend.zeros((layers, channels, *shape))
     weights = backend.zeros((layers, *shape))
@@ -273,11 +319,13 @@ def coadd(
     bytes_for_blocks: int,
     jobs: int = 1,
     cancelled: Callable[[], bool] = lambda: False,
+    done: Sequence[Rect] = (),
 ) -> None:
     """Make the whole mosaic, block by block, and hand every block to ``sink(block, values, coverage)``.
 
     ``sink`` is called once for every block, in any order, from several threads on the CPU. Peak memory is
-    ``bytes_for_blocks`` for all blocks under way together. ``cancelled`` is asked between blocks.
+    ``bytes_for_blocks`` for all blocks under way together. ``cancelled`` is asked between blocks. The rectangles
+    ``done`` are left out; no pixel's bits depend on how the rest is cut into blocks.
 
     Raises
     ------
@@ -287,7 +335,7 @@ def coadd(
     if solution is not None and len(solution.gain) != len(placed):
         raise ValueError(f"a solution of {len(solution.gain)} tiles for {len(placed)} tiles")
     workers = jobs if backend.parallel_blocks else 1
-    blocks = plan_blocks(shape, placed, options, max(bytes_for_blocks // workers, 1))
+    blocks = without(plan_blocks(shape, placed, options, max(bytes_for_blocks // workers, 1)), done)
 
     def work(block: Rect, reader: ThreadPoolExecutor | None = None) -> None:
         sink(block, *coadd_block(placed, solution, block, options, store, backend, reader))

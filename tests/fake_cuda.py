@@ -430,10 +430,11 @@ def compiled_pixel_functions():
         from numba import njit
 
         import zemosaic_kernels as kernels
+        from zemosaic_combine import combine_pixel
 
         _COMPILED["resample_rect"] = kernels.resample_rows
         _COMPILED["measure_rect"] = kernels.measure_cells
-        _COMPILED["combine_pixel"] = njit(cache=True, error_model="numpy")(kernels.combine_pixel)
+        _COMPILED["combine_pixel"] = njit(cache=True, error_model="numpy")(combine_pixel)
     return _COMPILED
 
 

@@ -18,6 +18,8 @@ OPTIONS = {
     "median": CoaddOptions(combine="median"),
     "sigma_clip": CoaddOptions(combine="sigma_clip", kappa_low=1.5, kappa_high=1.5),
     "winsorized": CoaddOptions(combine="winsorized", winsor_limits=(0.2, 0.2)),
+    "winsorized_clip": CoaddOptions(combine="winsorized_clip"),
+    "linear_fit_clip": CoaddOptions(combine="linear_fit_clip"),
     "min": CoaddOptions(combine="min"),
 }
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
+from scipy import ndimage, special
 
+import zemosaic_combine as how
 import zemosaic_kernels as k
+from zemosaic_reproject import CoaddOptions, winsorized_spread
 
 NO_ALPHA = np.ones((1, 1, 1), np.float32)
 NO_MAP = np.ones((1, 1), np.float32)
@@ -32,7 +34,7 @@ def combine(values, weights, method, limits=LIMITS):
     values = np.asarray(values, np.float32)
     ordered = np.stack([np.asarray(weights, np.float32)] * values.shape[1], axis=1)
     out = np.empty((values.shape[1] + 1, *values.shape[2:]), np.float32)
-    k.combine_layers(values.copy(), ordered, method, *limits, out)
+    how.combine_layers(values.copy(), ordered, method, *limits, out)
     return out[:-1], out[-1]
 
 
@@ -249,19 +251,19 @@ def clipped_at_quantiles(v, w, low, high):
 
 
 REFERENCES = {
-    k.MEAN: lambda v, w: np.average(v, weights=w),
-    k.MEDIAN: lambda v, w: np.median(v),
-    k.MINIMUM: lambda v, w: v.min(),
-    k.MAXIMUM: lambda v, w: v.max(),
-    k.FIRST: lambda v, w: v[0],
-    k.LAST: lambda v, w: v[-1],
-    k.WINSORIZED: lambda v, w: clipped_at_quantiles(v, w, 0.05, 0.05),
+    how.MEAN: lambda v, w: np.average(v, weights=w),
+    how.MEDIAN: lambda v, w: np.median(v),
+    how.MINIMUM: lambda v, w: v.min(),
+    how.MAXIMUM: lambda v, w: v.max(),
+    how.FIRST: lambda v, w: v[0],
+    how.LAST: lambda v, w: v[-1],
+    how.WINSORIZED: lambda v, w: clipped_at_quantiles(v, w, 0.05, 0.05),
 }
 TAKEN = {
-    k.MINIMUM: lambda v, w: w[v.argmin()],
-    k.MAXIMUM: lambda v, w: w[v.argmax()],
-    k.FIRST: lambda v, w: w[0],
-    k.LAST: lambda v, w: w[-1],
+    how.MINIMUM: lambda v, w: w[v.argmin()],
+    how.MAXIMUM: lambda v, w: w[v.argmax()],
+    how.FIRST: lambda v, w: w[0],
+    how.LAST: lambda v, w: w[-1],
 }
 
 
@@ -282,7 +284,7 @@ def test_combining_is_numpys(layers, method):
         assert weight[y, x] == pytest.approx(TAKEN.get(method, lambda v, w: w.sum())(first, w), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", [k.MINIMUM, k.MAXIMUM])
+@pytest.mark.parametrize("method", [how.MINIMUM, how.MAXIMUM])
 def test_of_equal_extremes_the_first_layer_counts(method):
     weights = np.array([0, 0.25, 0.5, 0.75], np.float32).reshape(4, 1, 1)
     assert combine(np.full((4, 1, 1, 1), 65535.0), weights, method)[1] == 0.25
@@ -290,11 +292,11 @@ def test_of_equal_extremes_the_first_layer_counts(method):
 
 def test_winsorized_limits_are_taken_from_each_side(rng):
     values = rng.normal(size=(9, 1, 1, 1))
-    got = combine(values, np.ones((9, 1, 1)), k.WINSORIZED, (3, 3, 0.1, 0.3))[0].item()
+    got = combine(values, np.ones((9, 1, 1)), how.WINSORIZED, (3, 3, 0.1, 0.3))[0].item()
     assert got == pytest.approx(clipped_at_quantiles(values.ravel(), None, 0.1, 0.3), abs=1e-6)
 
 
-@pytest.mark.parametrize("method", [k.WINSORIZED, k.SIGMA_CLIP])
+@pytest.mark.parametrize("method", [how.WINSORIZED, how.SIGMA_CLIP, how.WINSORIZED_CLIP, how.LINEAR_FIT_CLIP])
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_robust_means_are_unbiased_for_few_layers(rng, method, count):
     values = rng.normal(0, 1, (count, 1, 150, 200))
@@ -310,16 +312,60 @@ def test_robust_means_are_unbiased_for_few_layers(rng, method, count):
 def test_sigma_clip_rejects_one_outlier(rng, count, outlier, pedestal):
     values = pedestal + rng.normal(0, 1, (count, 1, 60, 60))
     values[1] += outlier
-    got = combine(values, np.ones((count, 60, 60)), k.SIGMA_CLIP)[0]
+    got = combine(values, np.ones((count, 60, 60)), how.SIGMA_CLIP)[0]
     # kept, the outlier would move every pixel by 300 / count; a lucky spread may keep it in few
     assert np.mean(np.abs(got - pedestal) > 10) < 0.02
 
 
-@pytest.mark.parametrize("method", [k.SIGMA_CLIP, k.WINSORIZED, k.MEAN])
+@pytest.mark.parametrize("method", [how.SIGMA_CLIP, how.WINSORIZED, how.MEAN])
 def test_noise_on_a_high_pedestal_is_kept(rng, method):
     values = np.round(rng.normal(0, 8, (6, 1, 40, 40)))
     low, high = (combine(values + pedestal, np.ones((6, 40, 40)), method)[0] for pedestal in (0.0, 1e6))
     assert np.allclose(high - 1e6, low, rtol=0, atol=0.07)  # one float32 step at 1e6 is 0.0625
+
+
+STACK_CLIPS = ("sigma_clip", "winsorized_clip", "linear_fit_clip")
+CLIPS = {"sigma_clip": how.SIGMA_CLIP, "winsorized_clip": how.WINSORIZED_CLIP, "linear_fit_clip": how.LINEAR_FIT_CLIP}
+
+
+@pytest.mark.parametrize("count", [16, 25])
+@pytest.mark.parametrize(
+    ("name", "trails"),
+    [("sigma_clip", 1), ("winsorized_clip", 1), ("winsorized_clip", 3), ("linear_fit_clip", 1), ("linear_fit_clip", 3)],
+)
+def test_trails_vanish_from_a_stack_and_the_noise_stays_that_of_the_mean(rng, name, trails, count):
+    limits = CoaddOptions(combine=name).limits
+    clean = rng.normal(1000, 10, (count, 1, 80, 100))
+    crossed = clean.copy()
+    crossed[3 : 3 + trails] += rng.uniform(150, 3000, (trails, 1, 80, 100))
+    ones = np.ones((count, 80, 100))
+    kept = combine(clean, ones, CLIPS[name], limits)[0]
+    got = combine(crossed, ones, CLIPS[name], limits)[0]
+    # what is left of a trail is nothing: the mean of the other frames, within the error of a mean
+    others = np.delete(clean, np.s_[3 : 3 + trails], axis=0).mean(0)
+    assert abs((got - others).mean()) < 0.15 * 10 / np.sqrt(count)
+    assert np.std(kept - 1000) < 1.06 * 10 / np.sqrt(count)
+    assert np.std(got - 1000) < 1.10 * 10 / np.sqrt(count - trails)
+
+
+@pytest.mark.parametrize("fractions", [(0.0, 0.0), (0.05, 0.05), (0.1, 0.3)])
+def test_winsorizing_narrows_a_gaussian_by_what_is_allowed_for(fractions):
+    z = special.ndtri((np.arange(2_000_000) + 0.5) / 2_000_000)
+    drawn = np.clip(z, special.ndtri(fractions[0]), special.ndtri(1 - fractions[1]))
+    assert winsorized_spread(*fractions) == pytest.approx(np.sqrt(np.mean(drawn**2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", STACK_CLIPS)
+def test_each_limit_of_a_stack_belongs_to_its_side(rng, name, sign):
+    values = rng.normal(0, 1, (12, 1, 30, 30))
+    values[4] = sign * 8
+    results = {}
+    for low, high in ((3, 1e9), (1e9, 3)):
+        limits = CoaddOptions(combine=name, kappa_low=low, kappa_high=high).limits
+        results[low] = abs(combine(values, np.ones((12, 30, 30)), CLIPS[name], limits)[0].mean())
+    inner, outer = (3, 1e9) if sign < 0 else (1e9, 3)
+    assert results[inner] < 0.15 and results[outer] > 0.5
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -327,18 +373,18 @@ def test_sigma_clip_uses_the_limit_of_each_side(sign):
     values = sign * np.array([-1, -0.5, 0, 0.5, 1, 9]).reshape(6, 1, 1, 1)
     low, high = (3, 1e9) if sign < 0 else (1e9, 3)
     weights = np.ones((6, 1, 1))
-    assert combine(values, weights, k.SIGMA_CLIP, (low, high, 0, 0))[0] == pytest.approx(0)
-    assert combine(values, weights, k.SIGMA_CLIP, (high, low, 0, 0))[0] == pytest.approx(sign * 9 / 6)
+    assert combine(values, weights, how.SIGMA_CLIP, (low, high, 0, 0))[0] == pytest.approx(0)
+    assert combine(values, weights, how.SIGMA_CLIP, (high, low, 0, 0))[0] == pytest.approx(sign * 9 / 6)
 
 
 def test_sigma_clip_looks_first_at_what_is_farther_beyond_its_own_limit():
     """9 is farther out than -8, but its limit is wider: with -8 still there it would pass, and with it -8."""
     values = np.array([-8, *np.linspace(-1, 1, 10), 9]).reshape(12, 1, 1, 1)
-    got = combine(values, np.ones((12, 1, 1)), k.SIGMA_CLIP, (2, 6, 0, 0))[0]
+    got = combine(values, np.ones((12, 1, 1)), how.SIGMA_CLIP, (2, 6, 0, 0))[0]
     assert got == pytest.approx(0, abs=1e-6)
 
 
-ORDERLESS = (k.MEAN, k.MEDIAN, k.SIGMA_CLIP, k.WINSORIZED, k.MINIMUM, k.MAXIMUM)
+ORDERLESS = (how.MEAN, how.MEDIAN, how.SIGMA_CLIP, how.WINSORIZED, how.WINSORIZED_CLIP, how.MINIMUM, how.MAXIMUM)
 whole = st.integers(-1000, 1000)
 
 
@@ -355,7 +401,7 @@ def test_order_of_the_layers_does_not_matter_and_scaling_commutes(method, pixels
     expected = of(pixels)
     # equal values with different weights may change places, and a distance at the very limit its side
     distinct = len({v for v, _ in pixels}) == len(pixels)
-    if method != k.SIGMA_CLIP or distinct:
+    if method not in (how.SIGMA_CLIP, how.WINSORIZED_CLIP) or distinct:
         assert of(shuffled) == pytest.approx(expected, abs=1e-3, nan_ok=True)
     assert of(pixels, 4) == pytest.approx(4 * expected, abs=1e-3, nan_ok=True)
     assert of(pixels, 1, 512) == pytest.approx(expected + 512, abs=1e-3, nan_ok=True)

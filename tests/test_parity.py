@@ -35,6 +35,8 @@ OPTIONS = {
     "median": CoaddOptions(combine="median"),
     "sigma_clip": CoaddOptions(combine="sigma_clip", kappa_low=1.5, kappa_high=1.5),
     "winsorized": CoaddOptions(combine="winsorized", winsor_limits=(0.2, 0.2)),
+    "winsorized_clip": CoaddOptions(combine="winsorized_clip"),
+    "linear_fit_clip": CoaddOptions(combine="linear_fit_clip"),
     "sum": CoaddOptions(combine="sum"),
     "min": CoaddOptions(combine="min"),
     "last": CoaddOptions(combine="last"),
@@ -212,7 +214,7 @@ class Simulated(CpuBackend):
         kernels["measure"][(1, 1), (3, 3)](source, origin, shape, *mesh, *rest)
     def combine(self, values, weights, method, options, out):
         weights = np.repeat(weights[:, None], values.shape[1], axis=1)
-        kernels["combine"][(1, 1), (5, 5)](values, weights, method, *options, out)
+        kernels["combine"][(1, 1), (5, 5)](values.copy(), weights, method, *options, out)
 
 for ours, expected in zip(trial(Simulated()), trial(CpuBackend(compiled=False)), strict=True):
     assert np.array_equal(ours, expected) and ours.any()
