@@ -6,13 +6,13 @@ backends, and the science mosaic is on disk before they begin.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from zemosaic_canvas import ColourAdjustment, Coverage
 from zemosaic_measure import cells_touched, coarse_window
-from zemosaic_mosaic import CoaddResult, Coverage, Run, Scene
+from zemosaic_mosaic import CoaddResult, Run, Scene
 from zemosaic_photometry import (
     PhotometricSolution,
     black_point,
@@ -80,8 +80,6 @@ def aesthetic_solution(solution: PhotometricSolution, factors: Aesthetics) -> Ph
     return replace(solution, gain=solution.gain / gain, level=solution.level * gain)
 
 
-def colour_adjustment(factors: Aesthetics) -> Callable[[np.ndarray], np.ndarray]:
+def colour_adjustment(factors: Aesthetics) -> ColourAdjustment:
     """What turns a science block (C, h, w) into an aesthetic one."""
-    gain = factors.rgb_gain.astype(np.float32)[:, None, None]
-    black = np.float32(factors.black)
-    return lambda values: values * gain - black
+    return ColourAdjustment(factors.rgb_gain.astype(np.float32)[:, None, None], np.float32(factors.black))

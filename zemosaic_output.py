@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from astropy.io import fits
 
+from zemosaic_fingerprint import checksum
 from zemosaic_utils import RunError, atomic_path, not_written
 
 BLOCK = 2880
@@ -52,6 +53,16 @@ class MosaicWriter:
         (H, W) of an extension ALPHA (uint8).
     interleaved : bool
         Store (H, W, C) instead of (C, H, W), as old programs want it; blocks are (C, h, w) all the same.
+    waiting : Path, optional
+        Where the unfinished file lies, on the same disk; on an error it stays there for a resume.
+    resume : bool
+        Go on with what lies in `waiting`, or else under the final name, if it is laid out as this file is; else
+        start afresh. Blocks are known by their checksums, which are made only where `waiting` is given.
+
+    Attributes
+    ----------
+    resumed : bool
+        Whether there was such a file.
 
     Raises
     ------
@@ -69,12 +80,16 @@ class MosaicWriter:
         dtype: str = "f4",
         alpha_shape: tuple[int, int] | None = None,
         interleaved: bool = False,
+        waiting: Path | None = None,
+        resume: bool = False,
     ) -> None:
         if dtype not in ("f4", "u2") or len(shape) not in (2, 3) or min(shape) < 1:
             raise ValueError(f"an image {shape} of dtype {dtype} cannot be written")
         self.path = Path(path)
         self.shape = (1, *shape) if len(shape) == 2 else tuple(shape)
         self.alpha_shape = alpha_shape
+        self.resumed = False
+        self._waiting, self._resume = waiting, resume
         self._unsigned = dtype == "u2"
         self._interleaved = interleaved and len(shape) == 3
         self._stack = ExitStack()
@@ -113,19 +128,53 @@ class MosaicWriter:
 
     def __enter__(self) -> MosaicWriter:
         with self._told(), ExitStack() as stack:
-            free = shutil.disk_usage(self.path.parent).free
-            if free < self._total:
-                sizes = f"needs {self._total / 1e6:.3g} MB and the disk has {free / 1e6:.3g} MB left"
-                raise RunError(f"{self.path} {sizes}: make room or choose another folder.")
-            part = stack.enter_context(atomic_path(self.path))
-            self._file = stack.enter_context(part.open("w+b", buffering=0))
-            self._file.truncate(self._total)
-            for offset, head in self._parts:
-                self._write_at(offset, head)
-            if self._unsigned:
-                self._write_zeros()
+            self.resumed = self._take_up()
+            self._require_space()
+            part = stack.enter_context(atomic_path(self.path, self._waiting))
+            self._file = stack.enter_context(part.open("r+b" if self.resumed else "w+b", buffering=0))
+            if not self.resumed:
+                self._lay_out()
             self._stack = stack.pop_all()
         return self
+
+    def _lay_out(self) -> None:
+        self._file.truncate(self._total)
+        for offset, head in self._parts:
+            self._write_at(offset, head)
+        if self._unsigned:
+            self._write_zeros()
+
+    def _take_up(self) -> bool:
+        """Bring what can be resumed to where the unfinished file lies, and remove there what cannot."""
+        if self._waiting is None:
+            return False
+        if self._resume and self._is_laid_out(self._waiting):
+            return True
+        self._waiting.unlink(missing_ok=True)
+        if self._resume and self._is_laid_out(self.path):
+            self.path.replace(self._waiting)
+            return True
+        return False
+
+    def _is_laid_out(self, path: Path) -> bool:
+        """Whether a file has the size and the headers of this one."""
+        if not path.is_file() or path.stat().st_size != self._total:
+            return False
+        with path.open("rb") as stream:
+            for offset, head in self._parts:
+                stream.seek(offset)
+                if stream.read(len(head)) != head:
+                    return False
+        return True
+
+    def _require_space(self) -> None:
+        needed = self._total
+        if self.resumed:
+            needed -= 512 * getattr(self._waiting.stat(), "st_blocks", 0)
+        free = shutil.disk_usage(self.path.parent).free
+        if free < needed:
+            sizes = f"needs {needed / 1e6:.3g} MB and the disk has {free / 1e6:.3g} MB left"
+            raise RunError(f"{self.path} {sizes}: make room or choose another folder.")
 
     def __exit__(self, *exc_info) -> bool | None:
         with self._told():
@@ -146,7 +195,7 @@ class MosaicWriter:
         except OSError as error:
             raise not_written(self.path, error) from error
 
-    def write_block(self, y0: int, x0: int, block: np.ndarray) -> None:
+    def write_block(self, y0: int, x0: int, block: np.ndarray) -> int:
         """Write a block with its first pixel at (y0, x0); NaN and infinities are written as 0.
 
         Parameters
@@ -155,24 +204,46 @@ class MosaicWriter:
             First row and column.
         block : ndarray, (C, h, w) or (h, w)
             Any real dtype.
+
+        Returns
+        -------
+        int
+            Checksum of what was written, as :meth:`read_block` makes it; 0 where `waiting` was not given.
         """
         block = block[None] if block.ndim == 2 else block
-        channels, height, width = self.shape
-        if block.shape[0] != channels:
-            raise ValueError(f"a block of {block.shape[0]} channels for an image of {channels}")
-        if self._interleaved:
-            values = self._encoded(np.moveaxis(block, 0, 2))
-            self._write_rows(self._offset, (height, width), y0, x0, values)
-            return
-        for c in range(channels):
-            plane = self._offset + c * height * width * self._itemsize
-            self._write_rows(plane, (height, width), y0, x0, self._encoded(block[c]))
+        if block.shape[0] != self.shape[0]:
+            raise ValueError(f"a block of {block.shape[0]} channels for an image of {self.shape[0]}")
+        planes = (np.moveaxis(block, 0, 2),) if self._interleaved else block
+        total = 0
+        for start, plane in zip(self._planes(), planes, strict=True):
+            total = self._write_rows(start, self.shape[1:], y0, x0, self._encoded(plane), total)
+        return total
 
-    def write_alpha(self, y0: int, x0: int, block: np.ndarray) -> None:
-        """Write a block of the extension ALPHA: uint8 (h, w), 0 = nothing seen, 255 = fully weighted."""
+    def write_alpha(self, y0: int, x0: int, block: np.ndarray) -> int:
+        """Write a block of the extension ALPHA: uint8 (h, w), 0 = nothing seen, 255 = fully weighted; its checksum."""
         if self.alpha_shape is None or block.dtype != np.uint8 or block.ndim != 2:
             raise ValueError("ALPHA takes uint8 blocks (h, w), where alpha_shape was given")
-        self._write_rows(self._alpha_offset, self.alpha_shape, y0, x0, np.ascontiguousarray(block))
+        return self._write_rows(self._alpha_offset, self.alpha_shape, y0, x0, np.ascontiguousarray(block))
+
+    def read_block(self, y0: int, x0: int, size: tuple[int, int]) -> tuple[np.ndarray, int]:
+        """A block of `size` (h, w) of a float32 image as it stands on disk, float32 (C, h, w), and its checksum."""
+        dtype = np.dtype(">f4")
+        count = (self.shape[0],) if self._interleaved else ()
+        planes, total = [], 0
+        for start in self._planes():
+            plane, total = self._read_rows(start, self.shape[1:], y0, x0, np.empty((*size, *count), dtype), total)
+            planes.append(plane.astype(np.float32))
+        return np.ascontiguousarray(np.moveaxis(planes[0], 2, 0)) if self._interleaved else np.stack(planes), total
+
+    def read_alpha(self, y0: int, x0: int, size: tuple[int, int]) -> tuple[np.ndarray, int]:
+        """A block of the extension ALPHA as it stands on disk, uint8 (h, w), and its checksum."""
+        return self._read_rows(self._alpha_offset, self.alpha_shape, y0, x0, np.empty(size, np.uint8))
+
+    def _planes(self) -> list[int]:
+        """Byte offsets of the planes, or of the one interleaved image."""
+        channels, height, width = self.shape
+        size = height * width * self._itemsize
+        return [self._offset] if self._interleaved else [self._offset + c * size for c in range(channels)]
 
     def _encoded(self, block: np.ndarray) -> np.ndarray:
         """Return `block` as it is stored: contiguous, big-endian, 0 for no data."""
@@ -188,19 +259,23 @@ class MosaicWriter:
         stored_bytes(values.reshape(-1, values.shape[-1]), out.reshape(-1, values.shape[-1]))
         return out.view(">f4")
 
-    def _write_rows(self, start: int, size: tuple[int, int], y0: int, x0: int, values: np.ndarray) -> None:
+    def _write_rows(
+        self, start: int, size: tuple[int, int], y0: int, x0: int, values: np.ndarray, total: int = 0
+    ) -> int:
         """Write (h, w) or (h, w, C) stored values into the plane of `size` that begins at byte `start`."""
-        rows, columns = values.shape[:2]
-        if not (0 <= y0 <= y0 + rows <= size[0] and 0 <= x0 <= x0 + columns <= size[1]):
-            raise ValueError(f"a block of {rows} x {columns} at ({y0}, {x0}) lies outside {size}")
-        if values.size == 0:
-            return
-        pixel = values.nbytes // (rows * columns)
-        first = start + (y0 * size[1] + x0) * pixel
-        pieces = values[None] if columns == size[1] else values
         with self._told():
-            for number, piece in enumerate(pieces):
-                self._write_at(first + number * size[1] * pixel, piece)
+            for offset, piece in _pieces(start, size, y0, x0, values):
+                self._write_at(offset, piece)
+        return 0 if self._waiting is None else checksum(values, total)
+
+    def _read_rows(
+        self, start: int, size: tuple[int, int], y0: int, x0: int, out: np.ndarray, total: int = 0
+    ) -> tuple[np.ndarray, int]:
+        """Fill `out` from where :meth:`_write_rows` puts it; and the checksum."""
+        with self._told():
+            for offset, piece in _pieces(start, size, y0, x0, out):
+                self._read_at(offset, piece)
+        return out, checksum(out, total)
 
     def _write_at(self, offset: int, data: bytes | np.ndarray) -> None:
         """Write all of `data` at a byte offset; the system may take it in several portions."""
@@ -214,3 +289,30 @@ class MosaicWriter:
                     done = self._file.write(view)
             offset += done
             view = view[done:]
+
+    def _read_at(self, offset: int, out: np.ndarray) -> None:
+        """Fill the contiguous array `out` with what stands at a byte offset."""
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        while len(view):
+            with self._lock:
+                self._file.seek(offset)
+                done = self._file.readinto(view)
+            if not done:
+                raise OSError(f"it ends at byte {offset}")
+            offset += done
+            view = view[done:]
+
+
+def _pieces(
+    start: int, size: tuple[int, int], y0: int, x0: int, values: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Contiguous pieces of a block (h, w) or (h, w, C), each with its byte offset in the plane of `size`."""
+    rows, columns = values.shape[:2]
+    if not (0 <= y0 <= y0 + rows <= size[0] and 0 <= x0 <= x0 + columns <= size[1]):
+        raise ValueError(f"a block of {rows} x {columns} at ({y0}, {x0}) lies outside {size}")
+    if values.size == 0:
+        return
+    pixel = values.nbytes // (rows * columns)
+    first = start + (y0 * size[1] + x0) * pixel
+    for number, piece in enumerate(values[None] if columns == size[1] else values):
+        yield first + number * size[1] * pixel, piece

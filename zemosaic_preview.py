@@ -31,8 +31,11 @@ _TABLE = 1 << 18  # entries of the look-up table: a step is far below one grey l
 class PreviewAccumulator:
     """Bins the blocks of a mosaic into a small picture; the mosaic itself is never held.
 
-    A preview pixel is the mean of the mosaic's pixels with data in its square of ``factor`` x ``factor``. Memory is
-    bounded by `max_dim`, whatever the mosaic: 5 bytes x C x max_dim**2 (6 where factor is above 15).
+    A preview pixel is the mean of the mosaic's pixels with data in its square of ``factor`` x ``factor``. Its bits
+    depend neither on how the mosaic is cut into blocks nor on their order: a square is summed as a whole, and the
+    pixels of one that lies in several blocks wait in a strip of ``factor`` rows until the strip is complete. Memory is
+    bounded by `max_dim`, whatever the mosaic: 5 bytes x C x max_dim**2 (6 where factor is above 15), and the strips
+    between the blocks under way.
 
     Parameters
     ----------
@@ -62,6 +65,9 @@ class PreviewAccumulator:
         size = (channels, *(math.ceil(n / self.factor) for n in self.shape))
         self._sums = np.zeros(size, np.float32)
         self._counts = np.zeros(size, np.min_scalar_type(self.factor**2))
+        self._missing = np.full(size[1], self.factor * self.shape[1], np.int64)  # pixels of each strip not yet given
+        self._missing[-1] = (self.shape[0] - self.factor * (size[1] - 1)) * self.shape[1]
+        self._strips: dict[int, _Strip] = {}
         self._lock = threading.Lock()
 
     def add(self, y0: int, x0: int, block: np.ndarray) -> None:
@@ -84,24 +90,77 @@ class PreviewAccumulator:
             raise ValueError(f"a block of {block.shape} at {(y0, x0)} does not fit a mosaic of {self.shape}")
         if h == 0 or w == 0:
             return
+        f = self.factor
+        rows, columns = _whole_bins(y0, h, self.shape[0], f), _whole_bins(x0, w, self.shape[1], f)
+        if rows and columns:
+            inner = block[:, rows.start * f - y0 : rows.stop * f - y0, columns.start * f - x0 : columns.stop * f - x0]
+            self._sum(inner, np.s_[rows, columns])
+        for number in range(y0 // f, (y0 + h - 1) // f + 1):
+            low, high = max(number * f, y0), min((number + 1) * f, y0 + h)
+            inside = columns if rows and rows.start <= number < rows.stop else None
+            self._take(number, low, x0, block[:, low - y0 : high - y0], inside)
+
+    def _take(self, number: int, y0: int, x0: int, rows: np.ndarray, summed: slice | None) -> None:
+        """Rows of a block that lie in one strip, of which the squares ``summed`` are done already."""
+        f, width = self.factor, rows.shape[2]
+        spans = [(x0, x0 + width)]
+        if summed is not None:
+            spans = [(x0, summed.start * f), (summed.stop * f, x0 + width)]
+        with self._lock:  # blocks that are neighbours share strips
+            self._missing[number] -= rows.shape[1] * width
+            for a, b in spans:
+                if a < b:
+                    strip = self._strip(number)
+                    top = y0 - number * f
+                    strip.pixels[:, top : top + rows.shape[1], a:b] = rows[:, :, a - x0 : b - x0]
+                    strip.mine[a // f : (b - 1) // f + 1] = True
+            if not self._missing[number] and number in self._strips:
+                self._sum_strip(number, self._strips.pop(number))
+
+    def _strip(self, number: int) -> _Strip:
+        if number not in self._strips:
+            channels, _, width = self._sums.shape
+            rows = min(self.factor, self.shape[0] - number * self.factor)
+            pixels = np.full((channels, rows, self.shape[1]), np.nan, np.float32)
+            self._strips[number] = _Strip(pixels, np.zeros(width, bool))
+        return self._strips[number]
+
+    def _sum_strip(self, number: int, strip: _Strip) -> None:
+        self._sum(strip.pixels, np.s_[number : number + 1, :], strip.mine[None])
+
+    def _sum(self, block: np.ndarray, window: tuple[slice, slice], where: np.ndarray | bool = True) -> None:
+        """Sum a block (C, h, w) of whole squares into a window of the picture."""
         from zemosaic_kernels import bin_plane
 
-        f = self.factor
-        window = np.s_[y0 // f : (y0 + h - 1) // f + 1, x0 // f : (x0 + w - 1) // f + 1]
         for channel, plane in enumerate(block):
             sums = np.zeros(self._sums[channel][window].shape, np.float32)
             counts = np.zeros(sums.shape, np.uint32)
-            bin_plane(np.ascontiguousarray(plane, np.float32), y0 % f, x0 % f, f, sums, counts)
-            with self._lock:  # blocks that are neighbours share preview pixels along their edges
-                self._sums[channel][window] += sums
-                self._counts[channel][window] += counts.astype(self._counts.dtype)
+            bin_plane(np.ascontiguousarray(plane, np.float32), 0, 0, self.factor, sums, counts)
+            np.copyto(self._sums[channel][window], sums, where=where)
+            np.copyto(self._counts[channel][window], counts, casting="same_kind", where=where)
 
     def image(self) -> np.ndarray:
         """Return the picture so far, float32 (C, h, w), NaN where nothing was seen; row 0 is the mosaic's row 0."""
         with self._lock:
-            out = np.full(self._sums.shape, np.nan, np.float32)
-            np.divide(self._sums, self._counts, out=out, where=self._counts > 0, casting="same_kind")
-        return out
+            for number, strip in self._strips.items():  # squares of which only a part was given
+                self._sum_strip(number, strip)
+            with np.errstate(invalid="ignore"):  # nothing over nothing is NaN
+                return np.divide(self._sums, self._counts, dtype=np.float32, casting="same_kind")
+
+
+@dataclass
+class _Strip:
+    """One row of squares: pixels (C, rows, W), NaN where none came, and the squares (w,) that lie in several blocks."""
+
+    pixels: np.ndarray
+    mine: np.ndarray
+
+
+def _whole_bins(start: int, length: int, size: int, factor: int) -> slice | None:
+    """Bins that lie wholly within ``length`` pixels from ``start``; the last one may be cut by the mosaic's edge."""
+    end = start + length
+    first, last = -(-start // factor), (-(-end // factor) if end == size else end // factor)
+    return slice(first, last) if first < last else None
 
 
 # ---------------------------------------------------------------------------------------------------- stretch

@@ -58,6 +58,14 @@ class UnusableFile(ZeMosaicError):
         return f"{self.path.name}: {self.reason}"
 
 
+class UnsolvedImage(UnusableFile):
+    """An image without a WCS: no panel, but perhaps a frame. ``raw`` tells that it has a Bayer pattern."""
+
+    def __init__(self, path: Path | str, reason: str, raw: bool = False) -> None:
+        super().__init__(path, reason)
+        self.raw = raw
+
+
 # ---------------------------------------------------------------------------------------------------- folders
 
 
@@ -176,7 +184,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(target: Path | str) -> Iterator[Path]:
+def atomic_path(target: Path | str, waiting: Path | None = None) -> Iterator[Path]:
     """Give a temporary path beside `target`; what was written there becomes `target` at the end, or nothing.
 
     The temporary file is hidden, bears the target's name and the process number, and ends in ``.part``. On
@@ -187,6 +195,9 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     ----------
     target : Path or str
         The final file; its folder must exist.
+    waiting : Path, optional
+        The temporary path to use, on the same disk. What is there stays on an exception, for another run to go on
+        with, unless the disk is full.
 
     Yields
     ------
@@ -199,7 +210,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         The target cannot be replaced (on Windows: while another program has it open).
     """
     target = Path(target)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = waiting or target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
         _fsync(part, "r+b")
@@ -208,9 +219,11 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
         except OSError as error:
             reason = error.strerror or error
             raise RunError(f"{target} cannot be replaced ({reason}); close it in other programs.") from error
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            part.unlink(missing_ok=True)
+    except BaseException as error:
+        cause = error.__cause__ or error
+        if waiting is None or (isinstance(cause, OSError) and is_disk_full(cause)):
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                part.unlink(missing_ok=True)
         raise
     _fsync_folder(target.parent)
 
