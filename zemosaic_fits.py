@@ -345,11 +345,59 @@ def open_tile(path: Path | str, name: str | None = None, scratch_dir: Path | str
     RunError
         The disk is full while a file is unpacked.
     """
+    image = open_image(path, scratch_dir, wcs_required=True)
+    channels, height, width = image.stored.shape
+    stacked = looks_stacked(image.header) and looks_stacked(image.primary)
+    return Tile(
+        name=image.path.name if name is None else name,
+        path=image.path,
+        shape=(height, width),
+        channels=channels,
+        wcs=image.wcs,
+        n_frames=frame_count(image.header, image.primary),
+        pixels=image.pixels,
+        zero_is_blank=image.zero_is_blank,
+        raw_sub=not stacked and channels == 1,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImage:
+    """An image in a FITS file; its pixels stay on disk.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    header, primary : Header
+        Of the image's HDU, and of the first one (which may be the same).
+    stored : Stored
+        Shape (C, H, W) and how the pixels are stored.
+    wcs : WCS or None
+        As in `Tile`; None where there is none that works.
+    zero_is_blank : bool
+        As in `Tile`.
+    """
+
+    path: Path
+    header: fits.Header
+    primary: fits.Header
+    stored: Stored
+    wcs: WCS | None
+    pixels: _Pixels = field(repr=False)
+    zero_is_blank: bool = False
+
+
+def open_image(path: Path | str, scratch_dir: Path | str | None = None, wcs_required: bool = False) -> StoredImage:
+    """Open the first usable image of a FITS file; no pixel is read.
+
+    Parameters and errors are those of `open_tile`; unless ``wcs_required``, a missing or broken WCS is no error.
+    """
     path = Path(path)
     plain = _plain_file(path, scratch_dir)
     try:
         with quiet(), open_fits(plain, path) as hdul:
-            return _tile_of(hdul, path, plain, path.name if name is None else name)
+            return _image_of(hdul, path, plain, wcs_required)
     except UnusableFile:
         if plain != path:
             plain.unlink(missing_ok=True)
@@ -390,9 +438,8 @@ def _gunzip(path: Path, scratch_dir: Path | str | None) -> Path:
             raise
 
 
-def _tile_of(hdul: fits.HDUList, path: Path, plain: Path, name: str) -> Tile:
-    """Make a tile of the first usable image; if there is none, tell why the first image is not."""
-    primary = hdul[0].header
+def _image_of(hdul: fits.HDUList, path: Path, plain: Path, wcs_required: bool) -> StoredImage:
+    """Find the first usable image; if there is none, tell why the first image is not."""
     reasons: list[UnusableFile] = []
     for index, hdu in enumerate(hdul):
         if not has_pixels(hdu) or hdu.name == "ALPHA":
@@ -400,7 +447,7 @@ def _tile_of(hdul: fits.HDUList, path: Path, plain: Path, name: str) -> Tile:
         try:
             stored = how_stored(hdu, path)
             _require_complete(hdu, path, plain)
-            wcs = celestial_wcs(wcs_header(hdu, hdul[0]), path, hdul, stored)
+            wcs = _wcs_of(hdu, hdul, path, stored, wcs_required)
         except UnusableFile as error:
             reasons.append(error)
             continue
@@ -408,21 +455,21 @@ def _tile_of(hdul: fits.HDUList, path: Path, plain: Path, name: str) -> Tile:
         if isinstance(image, _CompressedImage):
             _try_decoder(image, path)
         alpha, alpha_full = _find_alpha(hdul, stored.shape[1:], path, plain)
-        channels, height, width = stored.shape
-        return Tile(
-            name=name,
-            path=path,
-            shape=(height, width),
-            channels=channels,
-            wcs=wcs,
-            n_frames=frame_count(hdu.header, primary),
-            pixels=_Pixels(image, alpha, alpha_full),
-            zero_is_blank=alpha is None and (channels == 3 or stored.dtype.kind == "f"),
-            raw_sub=not (looks_stacked(hdu.header) and looks_stacked(primary)) and channels == 1,
-        )
+        floating_or_rgb = stored.shape[0] == 3 or stored.dtype.kind == "f"
+        pixels = _Pixels(image, alpha, alpha_full)
+        return StoredImage(path, hdu.header, hdul[0].header, stored, wcs, pixels, alpha is None and floating_or_rgb)
     if reasons:
         raise reasons[0]
     raise UnusableFile(path, "holds no image (its header has no pixel axes)")
+
+
+def _wcs_of(hdu, hdul: fits.HDUList, path: Path, stored: Stored, required: bool) -> WCS | None:
+    try:
+        return celestial_wcs(wcs_header(hdu, hdul[0]), path, hdul, stored)
+    except UnusableFile:
+        if required:
+            raise
+        return None
 
 
 def _require_complete(hdu, path: Path, plain: Path) -> None:

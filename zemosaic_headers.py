@@ -18,7 +18,7 @@ from astropy.io import fits
 from astropy.utils.exceptions import AstropyUserWarning
 from astropy.wcs import WCS, FITSFixedWarning
 
-from zemosaic_utils import UnusableFile, UsageError
+from zemosaic_utils import UnsolvedImage, UnusableFile, UsageError
 
 PRODUCT_KEYWORD = "ZMPROD"
 """In the primary header of every image that this program writes: 'science', 'aesthetic' or 'coverage'."""
@@ -220,7 +220,7 @@ def celestial_wcs(
     """
     kinds = [str(_value(header, f"CTYPE{axis}", "", path)).strip() for axis in (1, 2)]
     if not any(kinds):
-        raise UnusableFile(path, _no_wcs_reason(header))
+        raise UnsolvedImage(path, _no_wcs_reason(header), raw=not looks_stacked(header))
     if not any(re.match(r"(CD|PC)[12]_[12]$|CDELT[12]$|CROTA2$", key) for key in header):
         raise UnusableFile(path, "has a WCS without a pixel scale (no CD, PC or CDELT)")
     try:

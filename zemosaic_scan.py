@@ -13,7 +13,7 @@ from astropy.io import fits
 
 from zemosaic_fits import Tile, open_tile
 from zemosaic_headers import BROKEN, PRODUCT_KEYWORD, quiet
-from zemosaic_utils import UnusableFile, UsageError, is_path_excluded
+from zemosaic_utils import UnsolvedImage, UnusableFile, UsageError, is_path_excluded
 
 _FITS_NAME = re.compile(r"\.(fits?|fts)(\.(fz|gz))*$|\.fz$", re.IGNORECASE)
 _PRODUCT_NAME = re.compile(r"^zemosaic_MT\d+_R\d+_(science|aesthetic|coverage)\.fits(\.(fz|gz))*$", re.IGNORECASE)
@@ -33,6 +33,10 @@ class SetAside:
 
     name: str
     reason: str
+
+
+class RawFrame(UnusableFile):
+    """The input holds raw frames, or images that are yet to be solved, and no panels."""
 
 
 def find_fits_files(folder: Path | str, problems: list[SetAside] | None = None) -> list[Path]:
@@ -113,6 +117,7 @@ def scan_tiles(
     output_dir: Path | str | None = None,
     progress: Callable[[int, int], object] | None = None,
     names: Collection[str] | None = None,
+    raw_ends: bool = False,
 ) -> tuple[list[Tile], list[SetAside]]:
     """Open every FITS file below `input_dir`; what cannot be used is set aside with its reason.
 
@@ -128,6 +133,8 @@ def scan_tiles(
         Called as ``progress(done, total)`` before the first file and after each.
     names : collection of str, optional
         Only these files, by their names relative to `input_dir`; default all.
+    raw_ends : bool
+        A raw frame ends the scan with `RawFrame`, and so do images none of which has a WCS.
 
     Returns
     -------
@@ -142,6 +149,8 @@ def scan_tiles(
         `input_dir` cannot be used at all.
     RunError
         The disk is full while a file is unpacked.
+    RawFrame
+        With `raw_ends`, see there.
     """
     root = Path(input_dir)
     aside: list[SetAside] = []
@@ -153,15 +162,21 @@ def scan_tiles(
     if output_dir is not None and Path(output_dir).resolve() == root.resolve():
         output_dir = None  # all panels lie in it
     tiles: list[Tile] = []
+    unsolved: UnsolvedImage | None = None
     if progress:
         progress(0, len(files))
     for done, (name, path) in enumerate(files.items(), start=1):
         try:
             tiles.append(_panel(path, name, scratch_dir, output_dir))
         except UnusableFile as error:
+            if raw_ends and (isinstance(error, RawFrame) or getattr(error, "raw", False)):
+                raise RawFrame(error.path, error.reason) from error
+            unsolved = error if isinstance(error, UnsolvedImage) else unsolved
             aside.append(SetAside(name, error.reason))
         if progress:
             progress(done, len(files))
+    if raw_ends and not tiles and unsolved is not None:
+        raise RawFrame(unsolved.path, unsolved.reason)
     return _same_channels(tiles, aside)
 
 
@@ -177,7 +192,7 @@ def _panel(path: Path, name: str, scratch_dir: Path | str, output_dir: Path | st
         raise UnusableFile(path, "is a mosaic of an earlier run, which is not used as input")
     tile = open_tile(path, name, scratch_dir)
     if tile.raw_sub:
-        raise UnusableFile(path, "is a raw sub of a colour sensor (BAYERPAT), not a stacked panel")
+        raise RawFrame(path, "is a raw sub of a colour sensor (BAYERPAT), not a stacked panel")
     return tile
 
 
