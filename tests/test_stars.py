@@ -1,0 +1,232 @@
+"""Stars found, frames judged, WCS aligned and handed on: against synthetic frames whose truth is known."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy import units as u
+from astropy.coordinates import SkyCoord
+from astropy.io import fits
+from astropy.wcs import WCS, Sip
+from scipy.special import erf
+
+from zemosaic_refine import align_frames
+from zemosaic_starmatch import Affine, fit_affine, moved_wcs, pointing_disagrees, transfer_wcs
+from zemosaic_stars import Stars, find_stars, frame_quality, position_error
+
+REAL = Path(__file__).resolve().parents[2] / "shared/data/ngc7023_seestar"
+SHAPE = (1920, 1080)
+NOISE = 20.0
+
+
+# ------------------------------------------------------------------------------------------------------- finding
+
+
+def paint(shape, x, y, flux, fwhm, noise=NOISE, sky=1000.0, stretch=1.0, seed=0):
+    """Gaussian stars integrated over the pixels, longer along x by `stretch`."""
+    image = np.zeros(shape)
+    s, t = fwhm / 2.3548, fwhm / 2.3548 * stretch
+    for a, b, f in zip(x, y, flux, strict=True):
+        columns, rows = np.arange(shape[1]) - a, np.arange(shape[0]) - b
+        gx = (erf((columns + 0.5) / t / 2**0.5) - erf((columns - 0.5) / t / 2**0.5)) / 2
+        gy = (erf((rows + 0.5) / s / 2**0.5) - erf((rows - 0.5) / s / 2**0.5)) / 2
+        image += f * gy[:, None] * gx
+    return (image + sky + np.random.default_rng(seed).normal(0, noise, shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def lattice():
+    """Stars on a wide lattice, each somewhere within its pixel."""
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[20:390:30, 20:590:30].astype(float)
+    x, y = (c.ravel() + rng.uniform(-0.5, 0.5, c.size) for c in (x, y))
+    return x, y, 10 ** rng.uniform(3.5, 5, x.size)
+
+
+def matched(stars, x, y):
+    """For each true star the found one within a pixel."""
+    distance = np.hypot(stars.x[None] - x[:, None], stars.y[None] - y[:, None])
+    nearest = distance.argmin(axis=1)
+    found = distance[np.arange(len(x)), nearest] < 1
+    return np.flatnonzero(found), nearest[found]
+
+
+@pytest.mark.parametrize("fwhm", [2.0, 3.0, 5.0])
+def test_positions_are_as_good_as_the_noise_allows(lattice, fwhm):
+    x, y, flux = lattice
+    stars = find_stars(paint((400, 600), x, y, flux, fwhm))
+    k, j = matched(stars, x, y)
+    assert len(k) >= 0.97 * len(x)
+    assert len(stars) <= len(x) + 1, "nothing else is found"
+    off = np.hypot(stars.x[j] - x[k], stars.y[j] - y[k])
+    bound = np.sqrt(8 * np.pi) * (fwhm / 2.3548) ** 2 * NOISE / flux[k]
+    assert np.sqrt(np.mean((off / np.hypot(bound, 0.005)) ** 2) / 2) < 1.35
+    # the errors that the alignment weighs them with
+    assert 0.5 < np.sqrt(np.mean((off / position_error(stars)[j]) ** 2) / 2) < 1.35
+
+
+def test_what_is_measured(lattice):
+    x, y, flux = lattice
+    stars = find_stars(paint((400, 600), x, y, flux, 3.5))
+    k, j = matched(stars, x, y)
+    bright = flux[k] > 2e4
+    assert np.median(stars.fwhm[j][bright]) == pytest.approx(np.hypot(3.5, 2.3548 / 12**0.5), rel=0.03)
+    assert np.median(stars.elongation[j][bright]) == pytest.approx(1, abs=0.03)
+    # a circle of 1.5 FWHM holds all but 2 thousandths of a Gaussian
+    assert np.median(stars.flux[j][bright] / flux[k][bright]) == pytest.approx(1, abs=0.01)
+    assert stars.background == pytest.approx(1000, abs=1)
+    assert stars.noise == pytest.approx(NOISE, rel=0.03)
+    assert (np.diff(stars.flux) <= 0).all()
+    assert len(find_stars(paint((400, 600), x, y, flux, 3.5), limit=10)) == 10
+    long = find_stars(paint((400, 600), x, y, flux, 3.0, stretch=2.0))
+    assert np.median(long.elongation[:50]) == pytest.approx(2, abs=0.15)
+
+
+def test_missing_pixels_edges_and_byte_order(lattice):
+    x, y, flux = lattice
+    image = paint((400, 600), x, y, flux, 3.0)
+    whole = find_stars(image)
+    assert np.array_equal(find_stars(image.astype(">f4")).x, whole.x)
+    image[:, 300:] = np.nan
+    image[:, :3] = np.nan
+    half = find_stars(image)
+    assert np.isfinite([half.background, half.noise]).all()
+    assert half.x.max() < 297
+    k, _ = matched(half, x, y)
+    assert len(k) >= 0.95 * (x < 295).sum()
+    cut = find_stars(paint((400, 600), np.r_[x, 0.0, 599.0], np.r_[y, 200, 200.0], np.r_[flux, 1e6, 1e6], 3.0))
+    assert cut.x.min() > 4 and cut.x.max() < 595, "stars cut by the edge are left out"
+
+
+def test_hot_pixels_and_trails_are_no_stars(lattice):
+    x, y, flux = lattice
+    image = paint((400, 600), x, y, flux, 3.0)
+    rng = np.random.default_rng(2)
+    hot = rng.integers(5, 395, 200), rng.integers(5, 595, 200)
+    image[hot] += 20_000
+    rows, columns = np.mgrid[:400, :600]
+    image += 3000 * np.exp(-(((columns - 1.3 * rows - 31.5) / 3) ** 2)).astype(np.float32)
+    stars = find_stars(image)
+    _, j = matched(stars, x, y)
+    assert len(stars) - len(j) < 0.06 * len(x)
+
+
+def test_saturated_stars_are_told(lattice):
+    x, y, flux = lattice
+    image = paint((400, 600), np.r_[x, 155.2], np.r_[y, 155.3], np.r_[flux, 3e6], 4.0)
+    stars = find_stars(np.minimum(image, 65535))
+    assert stars.flat[0] and not stars.flat[1:].any()
+    assert (stars.x[0], stars.y[0]) == pytest.approx((155.2, 155.3), abs=0.05)
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0, 500.0])
+def test_an_image_of_nothing_has_no_stars(value):
+    assert len(find_stars(np.full((300, 400), value, np.float32))) == 0
+
+
+def test_noise_has_no_stars_and_a_frame_full_of_light_does_not_fail():
+    rng = np.random.default_rng(3)
+    noise = rng.normal(0, 30, (600, 600)).astype(np.float32)
+    assert len(find_stars(noise)) <= 1
+    # the Bayer pattern left in, as in a luminance of neighbouring pixels: noise that is not white
+    assert len(find_stars((noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) / 3)) <= 20
+    crowded = rng.exponential(1, (600, 600)).astype(np.float32) ** 4
+    assert len(find_stars(crowded, limit=50)) <= 50
+    with pytest.raises(ValueError, match="shape"):
+        find_stars(np.zeros((3, 50, 50), np.float32))
+
+
+# ------------------------------------------------------------------------------------------------------- quality
+
+
+def night(count, seed=0, stars=200, fwhm=3.0, elongation=1.1, light=1.0):
+    rng = np.random.default_rng(seed)
+    frames = []
+    for _ in range(count):
+        flux = np.sort(1e3 * (rng.pareto(1.2, stars) + 1))[::-1] * light * rng.normal(1, 0.05)
+        shape = fwhm * rng.normal(1, 0.03), elongation * rng.normal(1, 0.02)
+        columns = [rng.uniform(0, 1000, (2, stars)), [flux], *[[np.full(stars, s)] for s in shape]]
+        frames.append(Stars(*np.concatenate(columns), 1000.0, NOISE))
+    return frames
+
+
+def test_bad_frames_are_named_with_numbers():
+    trailed, blurred = night(1, 1, elongation=1.7)[0], night(1, 2, fwhm=6.5)[0]
+    dim, few, none = night(1, 3, light=0.2)[0], night(1, 4, stars=60)[0], night(1, 5, stars=0)[0]
+    reasons = frame_quality([*night(12), trailed, blurred, dim, few, none])
+    assert reasons[:12] == [None] * 12
+    for reason, word in zip(reasons[12:], ["trailed", "blurred", "clouded", "clouded", "no stars"], strict=True):
+        assert word in reason and any(c.isdigit() for c in reason)
+
+
+def test_few_frames_are_judged_by_absolute_limits_only():
+    dim, trailed = night(1, 3, light=0.2)[0], night(1, 1, elongation=2.6)[0]
+    assert [bool(r) for r in frame_quality([*night(1), dim, trailed])] == [False, False, True]
+    assert frame_quality([]) == []
+
+
+def test_frames_are_compared_with_their_kind():
+    short, long = night(8, 6, stars=60, light=0.2), night(12, 7)
+    kinds = ["10 s"] * 8 + ["60 s"] * 12
+    assert frame_quality([*short, *long], kinds) == [None] * 20
+    assert any(frame_quality([*short, *long])[:8])
+
+
+# ----------------------------------------------------------------------------------------------------- alignment
+
+
+def make_wcs(ra=315.4, dec=68.15, angle=0.0, sip=False, scale=2.39):
+    """A WCS of the telescope; with `sip` its distortion is 3 pixels in the corners."""
+    wcs = WCS(naxis=2)
+    suffix = "-SIP" if sip else ""
+    wcs.wcs.ctype = ["RA---TAN" + suffix, "DEC--TAN" + suffix]
+    wcs.wcs.crval, wcs.wcs.crpix = (ra, dec), (540.5, 960.5)
+    c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    wcs.wcs.cd = scale / 3600 * np.array([[-c, s], [s, c]])
+    if sip:
+        a, b = np.zeros((4, 4)), np.zeros((4, 4))
+        a[2, 0], a[0, 2], a[3, 0], a[1, 2] = 3e-6, -2e-6, 2e-9, 2e-9
+        b[1, 1], b[0, 3], b[2, 1] = 3e-6, 2e-9, 2e-9
+        wcs.sip = Sip(a, b, None, None, wcs.wcs.crpix)
+    wcs.wcs.set()
+    return wcs
+
+
+@pytest.fixture(scope="module")
+def sky():
+    """Positions (N, 2) and fluxes of the stars of a sky."""
+    rng = np.random.default_rng(5)
+    away, angle = np.sqrt(rng.uniform(0, 1, 4000)) * 1.6, rng.uniform(0, 360, 4000)
+    place = SkyCoord(315.4, 68.15, unit="deg").directional_offset_by(angle * u.deg, away * u.deg)
+    return np.stack([place.ra.deg, place.dec.deg], axis=1), 1e3 * (rng.pareto(1.0, 4000) + 1)
+
+
+def observe(wcs, sky, seed, spurious=30, lost=0.1, shape=SHAPE):
+    """What `find_stars` gives of a frame: noisy positions, some stars lost, some that are none."""
+    rng = np.random.default_rng(seed)
+    xy = wcs.all_world2pix(sky[0], 0)
+    seen = ((xy > 5) & (xy < np.array(shape[::-1]) - 6)).all(axis=1) & (rng.uniform(size=len(xy)) > lost)
+    xy, flux = np.concatenate([xy[seen], rng.uniform((0, 0), shape[::-1], (spurious, 2))]), sky[1][seen]
+    flux = np.concatenate([flux, 1e3 * (rng.pareto(1.0, spurious) + 1)])
+    order = np.argsort(-flux)[:400]
+    one = np.ones(len(order))
+    stars = Stars(*xy[order].T, flux[order], 3.0 * one, one, 500.0, NOISE)
+    noise = rng.normal(0, position_error(stars), (2, len(order)))
+    return replace(stars, x=stars.x + noise[0], y=stars.y + noise[1])
+
+
+def errors(wcs, truth):
+    """Where `truth` has what `wcs` says, in pixels, over the frame (N, 2)."""
+    grid = np.stack(np.meshgrid(np.linspace(0, 1079, 6), np.linspace(0, 1919, 8)), axis=-1).reshape(-1, 2)
+    return truth.all_world2pix(wcs.all_pix2world(grid, 0), 0) - grid
+
+
+def rms(steps):
+    return float(np.sqrt((np.asarray(steps) ** 2).sum(axis=-1).mean()))
+
+
+@dataclass_like := None if False else None
