@@ -79,10 +79,10 @@ class CpuBackend:
             part.scale, part.mesh, part.block, part.rect, values, weights, add,
         )  # fmt: skip
 
-    def measure(self, source, origin, shape, mesh, cell_px, corner, wanted, sums, counts) -> None:
+    def measure(self, source, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts) -> None:
         """Sums and numbers of valid samples in coarse cells; see `zemosaic_kernels.measure_rect`."""
         cells = (0, wanted.shape[0], 0, wanted.shape[1])
-        self._kernel("measure_cells")(source, origin, shape, mesh, cell_px, corner, wanted, cells, sums, counts)
+        self._kernel("measure_cells")(source, origin, shape, mesh, cell_px, every, corner, wanted, cells, sums, counts)
 
     def combine(self, values, weights, method, options, out) -> None:
         """Combine layers; ``options`` = (kappa_low, kappa_high, trim_low, trim_high).
@@ -222,7 +222,7 @@ class CudaBackend:
                 part.spacing, part.feather, part.scale, *mesh, part.block, (top, bottom, x0, x1), values, weights, add,
             )  # fmt: skip
 
-    def measure(self, source, origin, shape, mesh, cell_px, corner, wanted, sums, counts) -> None:
+    def measure(self, source, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts) -> None:
         """As :meth:`CpuBackend.measure`; ``mesh`` and ``wanted`` are host arrays."""
         rows, columns = wanted.shape
         y, x = corner[0] * cell_px, corner[1] * cell_px
@@ -230,7 +230,7 @@ class CudaBackend:
         wanted = self.upload(wanted)
         for top, bottom in slabs(0, rows, columns * cell_px**2):
             self._launch(
-                "measure", bottom - top, columns, source, origin, shape, *mesh, cell_px, (corner[0] + top, corner[1]),
+                "measure", bottom - top, columns, source, origin, shape, *mesh, cell_px, every, (corner[0] + top, corner[1]),
                 wanted[top:bottom], sums[:, top:bottom], counts[top:bottom],
             )  # fmt: skip
 
@@ -347,8 +347,13 @@ def trial(backend: Any) -> list[np.ndarray]:
     out = backend.zeros((3, 4, 4))
     backend.combine(values, weights, 0, (3.0, 3.0, 0.05, 0.05), out)
     sums, counts = backend.zeros((2, 2, 2), "float64"), backend.zeros((2, 2), "int32")
-    backend.measure(image, (0, 0), (8, 8), part.mesh, 2, (0, 0), np.ones((2, 2), np.uint8), sums, counts)
+    backend.measure(image, (0, 0), (8, 8), part.mesh, 2, 1, (0, 0), np.ones((2, 2), np.uint8), sums, counts)
     return layers + [backend.download(array) for array in (out, sums, counts)]
+
+
+def load_kernels() -> None:
+    """Have the compiled CPU kernels ready, which takes a moment even where they come from numba's cache."""
+    trial(CpuBackend())
 
 
 def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:

@@ -322,7 +322,7 @@ def spline_value(source, channel, j, i, wy, wx):
 
 
 @register_jitable
-def measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, rect, sums, counts):
+def measure_rect(source, origin, shape, mesh, cell_px, every, corner, wanted, rect, sums, counts):
     """Add the valid quadratic-spline samples of coarse cells to ``sums`` and their number to ``counts``.
 
     Parameters
@@ -331,6 +331,8 @@ def measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, rect, sum
         As for :func:`resample_rect`.
     cell_px : int
         Side of a cell in output pixels.
+    every : int
+        Only every so many pixels of a cell, along each axis, are sampled; it divides ``cell_px``.
     corner : (int, int)
         Row and column on the coarse grid of ``sums[:, 0, 0]``.
     wanted : uint8 (h, w)
@@ -343,7 +345,7 @@ def measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, rect, sum
     height, width = shape
     x0 = (corner[1] + rect[2]) * cell_px
     x1 = (corner[1] + rect[3]) * cell_px
-    for y in range((corner[0] + rect[0]) * cell_px, (corner[0] + rect[1]) * cell_px):
+    for y in range((corner[0] + rect[0]) * cell_px, (corner[0] + rect[1]) * cell_px, every):
         j = y // cell_px - corner[0]
         row = (y - mesh_y) // step
         wy = cubic_weights((y - mesh_y - row * step) / step)
@@ -359,7 +361,7 @@ def measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, rect, sum
                     i += 1
                     left = cell_px
                 left -= 1
-                if wanted[j, i] == 0:
+                if wanted[j, i] == 0 or left % every:
                     continue
                 if step > 1:
                     wx = cubic_weights((x - start) / step)
@@ -471,11 +473,11 @@ def cuda_kernels(cuda):
             )  # fmt: skip
 
     @cuda.jit(fastmath=False)
-    def measure(source, origin, shape, nodes, mesh_y, mesh_x, step, cell_px, corner, wanted, sums, counts):
+    def measure(source, origin, shape, nodes, mesh_y, mesh_x, step, cell_px, every, corner, wanted, sums, counts):
         i, j = cuda.grid(2)
         if j < wanted.shape[0] and i < wanted.shape[1] and wanted[j, i]:
             mesh = (nodes, mesh_y, mesh_x, step)
-            measure_rect(source, origin, shape, mesh, cell_px, corner, wanted, (j, j + 1, i, i + 1), sums, counts)
+            measure_rect(source, origin, shape, mesh, cell_px, every, corner, wanted, (j, j + 1, i, i + 1), sums, counts)
 
     @cuda.jit(fastmath=False)
     def combine(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):

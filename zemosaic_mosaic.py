@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -16,23 +15,34 @@ from typing import Any
 import numpy as np
 from astropy.io import fits
 
-from zemosaic_backend import BackendSwitch
+from zemosaic_backend import BackendSwitch, load_kernels
+from zemosaic_canvas import Canvas, ColourAdjustment, Coverage
 from zemosaic_fits import Tile, cropped
 from zemosaic_grid import OutputGrid, choose_output_grid, grid_header
+from zemosaic_leftovers import (
+    block_journal,
+    packed_solution,
+    photometry_mark,
+    survey,
+    unpacked_solution,
+)
 from zemosaic_measure import measure_tile, overlap_counts
-from zemosaic_output import MosaicWriter
+from zemosaic_pairs import PairsInPassing
 from zemosaic_photometry import (
+    CoarseTile,
+    PairRelation,
     PhotometricSolution,
     PhotometryOptions,
     compute_photometric_gains_and_offsets,
     identity_solution,
 )
-from zemosaic_preview import PreviewAccumulator, save_png, stretch
+from zemosaic_preview import save_png, stretch
 from zemosaic_progress import Reporter
 from zemosaic_reproject import CoaddOptions, Rect, coadd, run_parallel
+from zemosaic_resume import Checkpoints
 from zemosaic_scan import SetAside
 from zemosaic_settings import Settings
-from zemosaic_tiles import WEIGHT_CELL, PixelStore, PlacedTile, TileSurvey, place_tiles, survey_tile, weighted
+from zemosaic_tiles import WEIGHT_CELL, PixelStore, PlacedTile, TileSurvey, place_tiles, weighted
 from zemosaic_utils import Cancelled, UnusableFile, UsageError, make_radial_weight_map
 
 #: Shares of the memory budget for tiles kept in memory and for the blocks under way.
@@ -41,7 +51,10 @@ STORE_SHARE, BLOCK_SHARE, COARSE_SHARE = 0.35, 0.35, 0.15
 
 @dataclass
 class Run:
-    """What all phases of one run share."""
+    """What all phases of one run share.
+
+    ``frames`` are the rows of the report on raw frames, by name; ``hubs`` see `zemosaic_photometry.PhotometryOptions`.
+    """
 
     settings: Settings
     output_dir: Path
@@ -50,6 +63,9 @@ class Run:
     jobs: int
     cancelled: Callable[[], bool] = lambda: False
     aside: list[SetAside] = field(default_factory=list)
+    kept: Checkpoints = field(default_factory=Checkpoints)
+    frames: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hubs: int = 0
 
     def check(self) -> None:
         """Raise :class:`Cancelled` where the user has stopped the run."""
@@ -113,7 +129,7 @@ def surveying(run: Run, tiles: Sequence[Tile], store: PixelStore) -> Iterator[di
 
     def look(tile: Tile) -> TileSurvey | UnusableFile | None:
         try:
-            return None if run.cancelled() else survey_tile(tile, store)
+            return None if run.cancelled() else survey(run.kept, run.settings, tile, store)
         except UnusableFile as error:
             return error
 
@@ -121,6 +137,7 @@ def surveying(run: Run, tiles: Sequence[Tile], store: PixelStore) -> Iterator[di
     try:
         looks = {tile: pool.submit(look, tile) for tile in tiles}
         yield looks
+        load_kernels()  # which the threads do not mind
         wait(looks.values())
         run.check()
     finally:
@@ -236,33 +253,52 @@ def solve(
     counts = overlap_counts(placed, grid.shape, cell)
     reporter.stage("phase5_intertile", 0, len(placed))
 
-    def step(backend: Any) -> list:
+    def step(backend: Any) -> tuple[str, PhotometricSolution, bool]:
+        mark = photometry_mark(run.kept, settings, grid, placed, cell, backend) if run.kept.enabled else ""
+        found = run.kept.load("photometry", "solution", mark)
+        if found is not None:
+            reporter.info("", "resume: the photometric solution of the stopped run is used")
+            reporter.stage("phase5_intertile", len(placed), len(placed))
+            return mark, unpacked_solution(found), False
         done = iter(range(1, len(placed) + 1))
 
         def measure(k: int):
-            coarse = measure_tile(placed[k], surveys[k], counts, cell, store, backend)
+            coarse = measure_tile(placed[k], surveys[k], counts, cell, store, backend, 2 if run.hubs else 1)
+            if not run.hubs:
+                pairs.add(k, coarse)
             reporter.stage("phase5_intertile", next(done), len(placed))
             return coarse
 
-        return run_parallel(measure, range(len(placed)), run.jobs if backend.parallel_blocks else 1, run.cancelled)
+        jobs = run.jobs if backend.parallel_blocks else 1
+        with PairsInPassing(len(placed)) as pairs:
+            coarse = run_parallel(measure, range(len(placed)), jobs, run.cancelled)
+            run.check()
+            return mark, gains_and_offsets(run, coarse, None if run.hubs else pairs.relations()), True
 
-    coarse = run.switch.run(step)
+    mark, solution, fresh = run.switch.run(step)
     run.check()
-    solution = compute_photometric_gains_and_offsets(
-        coarse,
-        PhotometryOptions(
-            match_gain=settings.intertile_photometric_match,
-            gain_se_limit=settings.gain_se_limit,
-            reject_bad_tiles=settings.reject_bad_tiles,
-        ),
-        jobs=run.jobs,
-    )
+    if fresh:
+        run.kept.save("photometry", "solution", mark, packed_solution(solution))
     reporter.info(
         "assemble_info_intertile_photometric_applied",
         f"photometric normalisation of {len(placed)} tiles over {len(solution.pairs)} overlaps",
         num_tiles=len(placed),
     )
     return solution
+
+
+def gains_and_offsets(
+    run: Run, coarse: Sequence[CoarseTile], pairs: Sequence[PairRelation] | None
+) -> PhotometricSolution:
+    """Step 2 of Phase 5, with the run's settings; ``pairs`` where they are measured already."""
+    settings = run.settings
+    options = PhotometryOptions(
+        match_gain=settings.intertile_photometric_match,
+        gain_se_limit=settings.gain_se_limit,
+        reject_bad_tiles=settings.reject_bad_tiles,
+        hubs=run.hubs,
+    )
+    return compute_photometric_gains_and_offsets(coarse, options, pairs)
 
 
 def coarse_cell(settings: Settings, placed: Sequence[PlacedTile]) -> int:
@@ -273,14 +309,6 @@ def coarse_cell(settings: Settings, placed: Sequence[PlacedTile]) -> int:
     while cell < 64 and area * bytes_per_cell / cell**2 > COARSE_SHARE * settings.memory_budget:
         cell *= 2
     return cell
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Coverage averaged over cells of ``bin`` squared pixels, float32 (h, w)."""
-
-    mean: np.ndarray
-    bin: int
 
 
 @dataclass(frozen=True)
@@ -300,7 +328,7 @@ def coadd_to_disk(
     header: fits.Header,
     coverage: tuple[Path, fits.Header] | None,
     preview: Path | None,
-    adjust: Callable[[np.ndarray], np.ndarray] | None = None,
+    adjust: ColourAdjustment | None = None,
 ) -> CoaddResult:
     """Step 3 of Phase 5 and the writing of Phase 6, block by block, as one step on one backend.
 
@@ -312,7 +340,7 @@ def coadd_to_disk(
         Where the sum of weights goes.
     preview : Path, optional
         Where the picture goes; it is made while the disk takes in the rest.
-    adjust : callable, optional
+    adjust : ColourAdjustment, optional
         Applied to every finished block (colour balance of the aesthetic mosaic).
     """
     settings = run.settings
@@ -324,43 +352,54 @@ def coadd_to_disk(
         winsor_limits=settings.winsor_limits,
     )
     shape, channels = scene.grid.shape, scene.channels
+    product = "aesthetic" if coverage is None else "science"
     full_weight = min(item.weight for item in scene.placed)
-    bin_px = max(1, int(settings.two_pass_cov_sigma_px / 8)) if settings.two_pass_coverage_renorm else 0
+    renorm = settings.two_pass_coverage_renorm and coverage is not None
+    bin_px = max(1, int(settings.two_pass_cov_sigma_px / 8)) if renorm else 0
     # both passes of a run are one stage: its count goes on
     rows_before = 0 if coverage is not None else shape[0]
     rows_total = shape[0] * (2 if wants_aesthetic(settings) else 1)
 
     def step(backend: Any) -> CoaddResult:
-        canvas = Canvas(shape, channels, settings.preview_png_max_dim, bin_px, full_weight, adjust)
+        journal = block_journal(
+            run.kept, settings, product, scene.grid, scene.placed, solution, header, adjust and adjust.numbers, backend
+        )
+        canvas = Canvas(shape, channels, settings.preview_png_max_dim, bin_px, full_weight, adjust, journal)
         limit = backend.free_bytes(settings.parallel_gpu_vram_fraction)
         budget = int(BLOCK_SHARE * settings.memory_budget)
         budget = budget if limit is None else min(limit, 4 * budget)
+
+        def count() -> None:
+            run.reporter.stage("phase5_reproject", rows_before + canvas.rows_done, rows_total)
+
+        def sink(block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
+            canvas.put(block, values, weights)
+            count()
+
         with ExitStack() as stack:
-            canvas.image = stack.enter_context(
-                MosaicWriter(
-                    image,
-                    header,
-                    (channels, *shape) if channels > 1 else shape,
-                    "u2" if settings.save_final_as_uint16 else "f4",
-                    alpha_shape=shape,
-                    interleaved=settings.legacy_rgb_cube,
-                )
-            )
-            if coverage is not None:
-                canvas.coverage = stack.enter_context(MosaicWriter(coverage[0], coverage[1], shape))
-
-            def sink(block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
-                canvas.put(block, values, weights)
-                run.reporter.stage("phase5_reproject", rows_before + canvas.rows_done, rows_total)
-
-            run.reporter.stage("phase5_reproject", rows_before, rows_total)
+            canvas.open(stack, image, header, coverage, settings)
+            count()
+            done = canvas.restore(run.jobs, run.cancelled, count)
+            if done:
+                share = f"{100 * canvas.rows_done / shape[0]:.0f} %"
+                run.reporter.info("", f"resume: {share} of the {product} mosaic is there from the stopped run")
             if settings.engine == "reproject":
                 from zemosaic_peer import coadd_with_reproject
 
                 coadd_with_reproject(scene.placed, solution, scene.grid, options, scene.store, sink, run.cancelled)
             else:
                 coadd(
-                    scene.placed, solution, shape, options, scene.store, backend, sink, budget, run.jobs, run.cancelled
+                    scene.placed,
+                    solution,
+                    shape,
+                    options,
+                    scene.store,
+                    backend,
+                    sink,
+                    budget,
+                    run.jobs,
+                    run.cancelled,
+                    done,
                 )
             run.check()
             run.reporter.stage("phase5_reproject", rows_before + shape[0], rows_total)
@@ -382,59 +421,6 @@ def wants_aesthetic(settings: Settings) -> bool:
         or settings.final_mosaic_rgb_equalize_enabled
         or settings.final_mosaic_black_point_equalize_enabled
     )
-
-
-class Canvas:
-    """Takes finished blocks from any thread: writes them and keeps the preview and the coarse coverage."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        channels: int,
-        preview_dim: int,
-        bin_px: int,
-        full_weight: float,
-        adjust: Callable[[np.ndarray], np.ndarray] | None,
-    ) -> None:
-        self.image: MosaicWriter | None = None
-        self.coverage: MosaicWriter | None = None
-        self.preview = PreviewAccumulator(shape, channels, preview_dim)
-        self._binned = PreviewAccumulator(shape, 1, -(-max(shape) // bin_px)) if bin_px else None
-        self._full_weight = full_weight
-        self._adjust = adjust
-        self._pixels_done = 0
-        self._lock = threading.Lock()
-        self._width = shape[1]
-
-    @property
-    def rows_done(self) -> int:
-        return self._pixels_done // self._width
-
-    def put(self, block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
-        """One finished block: values (C, h, w) with NaN for "no data", weights (h, w)."""
-        if self._adjust is not None:
-            values = self._adjust(values)
-        y0, x0 = block[0], block[2]
-        self.preview.add(y0, x0, values)
-        if self._binned:
-            self._binned.add(y0, x0, weights[None])
-        if self.image is not None:
-            self.image.write_block(y0, x0, values if len(values) > 1 else values[0])
-            self.image.write_alpha(y0, x0, alpha_of(weights, self._full_weight))
-        if self.coverage is not None:
-            self.coverage.write_block(y0, x0, weights)
-        with self._lock:
-            self._pixels_done += weights.size
-
-    def coarse_coverage(self) -> Coverage | None:
-        return Coverage(self._binned.image()[0], self._binned.factor) if self._binned else None
-
-
-def alpha_of(weights: np.ndarray, full_weight: float) -> np.ndarray:
-    """ALPHA (uint8): 0 where nothing was seen, 255 where one whole tile was, at least 1 in between."""
-    alpha = np.clip(weights * np.float32(255.0 / full_weight), 1, 255).astype(np.uint8)
-    alpha[weights == 0] = 0
-    return alpha
 
 
 # --------------------------------------------------------------------------------------------------------- Phase 6

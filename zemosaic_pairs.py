@@ -9,12 +9,14 @@ docs/photometry.md derives it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, sparse
+from scipy.sparse import csgraph
 
 #: Relative errors of a cell's brightness that noise does not explain (flat fields, colour terms, the stars' wings):
 #: what is assumed at first, and from what :func:`structure_error` chooses.
@@ -162,18 +164,80 @@ def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
     return a.means[:, ya, xa], b.means[:, yb, xb], both
 
 
-def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None, jobs: int = 1) -> list[PairRelation]:
-    """Relations of all overlapping pairs, in the order of the tiles, measured on ``jobs`` threads."""
+def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None, hubs: int = 0) -> list[PairRelation]:
+    """Relations of the overlapping pairs, in the order of the tiles.
+
+    With ``hubs``, frames of one field need not all be compared with one another: see :func:`pairs_with_hubs`.
+    """
+    candidates = overlapping_pairs(tiles, excluded)
+    if hubs:
+        candidates = pairs_with_hubs(tiles, candidates, hubs)
+    found = (pair_relation(tiles, *pair) for pair in candidates)
+    return [relation for relation in found if relation is not None]
+
+
+class PairsInPassing:
+    """Measures each pair as soon as both tiles are there, on a thread of its own, while others are being measured.
+
+    A context manager; :meth:`add` may be called from many threads, in any order.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._tiles: list[CoarseTile | None] = [None] * count
+        self._pending: dict[tuple[int, int], Future] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pairs")
+
+    def __enter__(self) -> PairsInPassing:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, k: int, tile: CoarseTile) -> None:
+        """Tile ``k`` is measured."""
+        with self._lock:
+            self._tiles[k] = tile
+            for j, other in enumerate(self._tiles):
+                if other is not None and j != k and overlap_windows(tile, other) is not None:
+                    i, j = min(j, k), max(j, k)
+                    self._pending[i, j] = self._pool.submit(pair_relation, self._tiles, i, j)
+
+    def relations(self) -> list[PairRelation]:
+        """What `measure_pairs` gives for all tiles."""
+        found = (self._pending[pair].result() for pair in sorted(self._pending))
+        return [relation for relation in found if relation is not None]
+
+
+def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) -> list[tuple[int, int]]:
+    """All pairs of tiles, without those ``excluded``, whose rectangles meet."""
     use = [k for k in range(len(tiles)) if excluded is None or not excluded[k]]
     boxes = np.array([[*t.corner, t.corner[0] + t.fraction.shape[0], t.corner[1] + t.fraction.shape[1]] for t in tiles])
-    candidates: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     for position, i in enumerate(use):
         rest = np.array(use[position + 1 :], dtype=int)
         meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
-        candidates += [(i, int(j)) for j in rest[meets]]
-    with ThreadPoolExecutor(max(jobs, 1), thread_name_prefix="pairs") as pool:
-        found = pool.map(lambda pair: pair_relation(tiles, *pair), candidates)
-        return [relation for relation in found if relation is not None]
+        pairs += [(i, int(j)) for j in rest[meets]]
+    return pairs
+
+
+def pairs_with_hubs(tiles: Sequence[CoarseTile], pairs: Sequence[tuple[int, int]], hubs: int) -> list[tuple[int, int]]:
+    """Those of the pairs that hold one of the ``hubs`` tiles that meet most others (of these, those of least noise).
+
+    All pairs stay where the others would fall apart into more groups than they form together.
+    """
+    count = len(tiles)
+    degree = np.bincount(np.array(pairs, int).reshape(-1), minlength=count)
+    noise = [float(np.mean(tile.noise)) for tile in tiles]
+    chosen = set(sorted(range(count), key=lambda k: (-degree[k], noise[k], k))[:hubs])
+    few = [pair for pair in pairs if chosen.intersection(pair)]
+    return few if _groups(count, few) == _groups(count, pairs) else list(pairs)
+
+
+def _groups(count: int, pairs: Sequence[tuple[int, int]]) -> int:
+    i, j = np.array(pairs, int).reshape(-1, 2).T
+    graph = sparse.coo_matrix((np.ones(len(i)), (i, j)), shape=(count, count))
+    return int(csgraph.connected_components(graph, directed=False)[0])
 
 
 def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:

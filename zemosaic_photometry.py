@@ -144,19 +144,19 @@ def apply_photometric_normalization(data, gain, pivot, level):
 
 @dataclass(frozen=True)
 class PhotometryOptions:
-    """What the user can choose: match gains at all, the largest standard error of a believed ln gain, leave bad
-    tiles out."""
+    """What can be chosen: match gains at all, the largest standard error of a believed ln gain, leave bad tiles out,
+    and how many tiles all others are compared with (0: every overlapping pair is compared)."""
 
     match_gain: bool = True
     gain_se_limit: float = 0.05
     reject_bad_tiles: bool = True
+    hubs: int = 0
 
 
 def compute_photometric_gains_and_offsets(
     tiles: Sequence[CoarseTile],
     options: PhotometryOptions | None = None,
     pairs: Sequence[PairRelation] | None = None,
-    jobs: int = 1,
 ) -> PhotometricSolution:
     """Gain and offset of every tile and channel from the overlaps.
 
@@ -167,8 +167,6 @@ def compute_photometric_gains_and_offsets(
     options : PhotometryOptions
     pairs : sequence of PairRelation, optional
         Relations measured before; otherwise every overlapping pair is measured here.
-    jobs : int
-        Threads that measure; the result does not depend on them.
 
     Returns
     -------
@@ -185,7 +183,7 @@ def compute_photometric_gains_and_offsets(
     notes: list[str] = []
     excluded = absurd_levels(tiles) if options.reject_bad_tiles else np.zeros(len(tiles), bool)
     if pairs is None:
-        pairs = measure_pairs(tiles, excluded, jobs)
+        pairs = measure_pairs(tiles, excluded, options.hubs)
     while True:
         solution = _solve(tiles, [p for p in pairs if not (excluded[p.i] or excluded[p.j])], excluded, options)
         worst = worst_tile(solution, tiles) if options.reject_bad_tiles else None

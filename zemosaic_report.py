@@ -31,6 +31,7 @@ def describe(
         },
         "tiles": tile_rows(scene, factors),
         "pairs": pair_rows(scene),
+        "frames": list(run.frames.values()),
         "islands": int(scene.solution.component.max()) + 1,
         "set_aside": [asdict(item) for item in run.aside],
         "warnings": run.reporter.warnings,

@@ -32,6 +32,9 @@ COMBINE = (
 STREAMED = ("mean", "sum")
 #: Pixels of a band: few enough that what is done to a finished block stays near the processor.
 CACHED_PIXELS = 1 << 20
+#: Bytes of the layers of a block: blocks of this size are used again and again by the allocator, larger ones are handed
+#: back to the system, and every page of them is cleared anew.
+LAYERED_BYTES = 28 << 20
 #: Smallest side of a block, in output pixels.
 SMALLEST_BLOCK = 16
 
@@ -335,7 +338,10 @@ def coadd(
     if solution is not None and len(solution.gain) != len(placed):
         raise ValueError(f"a solution of {len(solution.gain)} tiles for {len(placed)} tiles")
     workers = jobs if backend.parallel_blocks else 1
-    blocks = without(plan_blocks(shape, placed, options, max(bytes_for_blocks // workers, 1)), done)
+    limit = max(bytes_for_blocks // workers, 1)
+    if options.combine not in STREAMED:
+        limit = min(limit, LAYERED_BYTES)
+    blocks = without(plan_blocks(shape, placed, options, limit), done)
 
     def work(block: Rect, reader: ThreadPoolExecutor | None = None) -> None:
         sink(block, *coadd_block(placed, solution, block, options, store, backend, reader))

@@ -56,9 +56,9 @@ class Settings:
         ours=True,
     )
     debayer_method: str = setting(
-        "edge_aware",
-        "how the colours between the filters are interpolated",
-        choices=("edge_aware", "bilinear"),
+        "bilinear",
+        "how the colours between the filters are interpolated; edge_aware is sharper and loses light of stars",
+        choices=("bilinear", "edge_aware"),
         ours=True,
     )
     hot_pixel_sigma: float = setting(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,8 @@ Rect = tuple[int, int, int, int]
 
 #: Side in tile pixels of the cells of a weight map.
 WEIGHT_CELL = 8
+#: Side in tile pixels of the cells whose means tell the noise of smoothed pixels.
+NOISE_CELL = 4
 #: Rows read at a time by a survey.
 SURVEY_ROWS = 512
 #: A weight map or alpha plane that says nothing.
@@ -55,8 +57,8 @@ class TileSurvey:
     """What the pixels of a tile are like.
 
     ``valid`` is bool (h, w) on cells of :data:`WEIGHT_CELL` tile pixels: the cell holds data. ``noise`` is float64
-    (C,), the standard deviation of a pixel from its neighbours' mean; ``pixels`` the number of pixels with data;
-    ``spread`` is the difference of the highest and the lowest value.
+    (C,), the standard deviation of a pixel, or, of pixels that debayering or resampling has smoothed, of independent ones
+    whose means over cells would be as noisy; ``pixels`` the number of pixels with data; ``spread`` is the difference of the highest and the lowest value.
     """
 
     valid: np.ndarray
@@ -141,13 +143,27 @@ def place_tiles(tiles: Sequence[Tile], grid: OutputGrid) -> list[PlacedTile | No
 
 def survey_tile(tile: Tile, store: PixelStore) -> TileSurvey:
     """Read a tile once, in strips, and see what its pixels are like."""
-    height, width = tile.shape
+    height = tile.shape[0]
+    strips = (store.rows(tile, y0, min(y0 + SURVEY_ROWS, height)) for y0 in range(0, height, SURVEY_ROWS))
+    return survey_strips(strips, tile.shape, tile.channels)
+
+
+def survey_pixels(data: np.ndarray) -> TileSurvey:
+    """What pixels in memory, (C, H, W), are like."""
+    strips = (data[:, y0 : y0 + SURVEY_ROWS] for y0 in range(0, data.shape[1], SURVEY_ROWS))
+    return survey_strips(strips, data.shape[1:], len(data))
+
+
+def survey_strips(strips: Iterable[np.ndarray], shape: tuple[int, int], channels: int) -> TileSurvey:
+    """What the strips of :data:`SURVEY_ROWS` rows each are like together, from the first row on."""
+    height, width = shape
     rows, columns = -(-height // WEIGHT_CELL), -(-width // WEIGHT_CELL)
     valid = np.zeros((rows, columns), bool)
     differences: list[np.ndarray] = []
+    coarse: list[np.ndarray] = []
     pixels, low, high = 0, np.inf, -np.inf
-    for y0 in range(0, height, SURVEY_ROWS):
-        strip = store.rows(tile, y0, min(y0 + SURVEY_ROWS, height))
+    for number, strip in enumerate(strips):
+        y0 = number * SURVEY_ROWS
         good = np.isfinite(strip[0])
         count = int(np.count_nonzero(good))
         pixels += count
@@ -158,10 +174,32 @@ def survey_tile(tile: Tile, store: PixelStore) -> TileSurvey:
         edges = np.arange(0, good.shape[0], WEIGHT_CELL), np.arange(0, width, WEIGHT_CELL)
         some = np.logical_or.reduceat(np.logical_or.reduceat(good, edges[0], axis=0), edges[1], axis=1)
         valid[y0 // WEIGHT_CELL : y0 // WEIGHT_CELL + some.shape[0]] = some
-        line = strip[:, :: max(height // 128, 1)]
-        differences.append((line[..., 1:-1] - 0.5 * (line[..., :-2] + line[..., 2:])).reshape(tile.channels, -1))
+        differences.append(curvature(strip[:, :: max(height // 128, 1)]))
+        coarse.append(NOISE_CELL * curvature(cells_of_bands(strip)))
     spread = float(high - low) if pixels else 0.0
-    return TileSurvey(valid, noise_of(differences, tile.channels, spread), pixels, spread)
+    noise = noise_of(differences, channels, spread)
+    # what debayering or resampling has smoothed hides its noise from the differences of neighbours
+    hidden = noise_of(coarse, channels, spread)
+    if valid.all():  # one value instead of a map, which thousands of frames share
+        valid = np.broadcast_to(np.True_, valid.shape)
+    return TileSurvey(valid, np.where(hidden > 1.25 * noise, hidden, noise), pixels, spread)
+
+
+def curvature(image: np.ndarray) -> np.ndarray:
+    """Differences (C, n) of an image (C, h, w) and the mean of its left and right neighbours."""
+    return (image[..., 1:-1] - 0.5 * (image[..., :-2] + image[..., 2:])).reshape(len(image), -1)
+
+
+def cells_of_bands(strip: np.ndarray) -> np.ndarray:
+    """Means (C, bands, w) over cells of :data:`NOISE_CELL` pixels squared, in one band of rows of every 32."""
+    channels, height, width = strip.shape
+    tops = range(0, height - NOISE_CELL + 1, 32)
+    across = width // NOISE_CELL
+    bands = [strip[:, y : y + NOISE_CELL, : across * NOISE_CELL] for y in tops]
+    if not bands or not across:
+        return np.empty((channels, 0, across), np.float32)
+    means = [band.reshape(channels, NOISE_CELL, across, NOISE_CELL).mean(axis=(1, 3)) for band in bands]
+    return np.stack(means, axis=1)
 
 
 def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) -> np.ndarray:

@@ -66,7 +66,7 @@ def test_compiled_kernels_round_every_product_and_sum(kernels, capability):
             image, pair, pair, i8, image, plane, f8, f8, f8, *mesh, pair, rect, image, plane, types.boolean,
         ),
         "measure": (
-            image, pair, pair, *mesh, i8, pair, array(types.uint8, 2), array(f8, 3), array(types.int32, 2),
+            image, pair, pair, *mesh, i8, i8, pair, array(types.uint8, 2), array(f8, 3), array(types.int32, 2),
         ),
         "combine": (array(f4, 4), array(f4, 4), i8, f8, f8, f8, f8, image),
     }  # fmt: skip

@@ -222,7 +222,7 @@ def test_measured_sums_are_those_of_quadratic_spline_samples(rng, image):
     seen = (whole & np.isfinite(values[0])).reshape(6, 4, 8, 4)
     wanted = (rng.random((6, 8)) < 0.8).astype(np.uint8)
     sums, counts = np.zeros((2, 6, 8)), np.zeros((6, 8))
-    k.measure_cells(image, (0, 0), (23, 31), mesh, cell, (0, 0), wanted, (0, 6, 0, 8), sums, counts)
+    k.measure_cells(image, (0, 0), (23, 31), mesh, cell, 1, (0, 0), wanted, (0, 6, 0, 8), sums, counts)
     expected = np.where(seen, values.reshape(2, 6, 4, 8, 4), 0).sum(axis=(2, 4))
     assert np.array_equal(counts, seen.sum(axis=(1, 3)) * wanted)
     assert np.allclose(sums, expected * wanted, rtol=1e-6)

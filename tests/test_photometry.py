@@ -465,3 +465,23 @@ def test_black_point_by_hand():
     samples = np.append(np.arange(101.0), [np.nan, np.inf])
     assert black_point(samples, 5.0) == 5.0
     assert black_point(np.array([np.nan]), 5.0) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------- frames of one field
+
+
+def test_hubs_measure_few_pairs_and_find_the_same_gains():
+    sky = sky_cells((80, 80), seed=4)
+    rng = np.random.default_rng(8)
+    gain = np.exp(rng.normal(0, 0.05, (12, 3)))
+    tiles = [coarse(sky, (0, 80, 0, 80), gain[k], 10 * k, seed=k, name=f"f{k}") for k in range(12)]
+    solution = compute_photometric_gains_and_offsets(tiles, PhotometryOptions(hubs=3))
+    assert len(solution.pairs) == 9 * 3 + 3
+    truth = np.log(gain) - np.log(gain).mean(axis=0)
+    assert np.abs(np.log(solution.gain) - truth).max() < 0.005
+
+
+def test_hubs_never_tear_the_graph_apart():
+    """A chain of tiles, each of which meets its neighbours only."""
+    tiles, _, _ = tile_grid(rows=1, columns=7)
+    assert len(compute_photometric_gains_and_offsets(tiles, PhotometryOptions(hubs=2)).pairs) == 6
