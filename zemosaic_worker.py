@@ -19,7 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from zemosaic_cluster import (
+    _auto_split_groups,
+    _compute_max_angular_separation_deg,
+    cluster_seestar_stacks_connected,
+)
+from zemosaic_process import serve
 from zemosaic_progress import STAGES, JsonLines, Reporter, TerminalBar
+from zemosaic_resume import Checkpoints, checkpoints
 from zemosaic_settings import Settings, load_config, parse_overrides
 from zemosaic_surroundings import (
     log_file,
@@ -32,7 +39,15 @@ from zemosaic_surroundings import (
 )
 from zemosaic_utils import Cancelled, UsageError, ZeMosaicError, not_written, to_jsonable, write_json
 
-__all__ = ["MosaicResult", "main", "run_hierarchical_mosaic"]
+__all__ = [
+    "MosaicResult",
+    "_auto_split_groups",
+    "_compute_max_angular_separation_deg",
+    "cluster_seestar_stacks_connected",
+    "main",
+    "run_hierarchical_mosaic",
+    "run_hierarchical_mosaic_process",
+]
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -69,9 +84,10 @@ def run_hierarchical_mosaic(
     settings: Settings | None = None,
     notes: Sequence[str] = (),
     cancelled: Callable[[], bool] = lambda: False,
+    plan: Any = None,
     **overrides: Any,
 ) -> MosaicResult:
-    """Make the mosaic of the panels in a folder.
+    """Make the mosaic of the raw frames, or of the panels, in a folder.
 
     Parameters
     ----------
@@ -86,6 +102,8 @@ def run_hierarchical_mosaic(
         Warnings to begin with: what `Settings.from_mapping` had to say.
     cancelled : callable, optional
         Asked often; True ends the run with :class:`Cancelled`.
+    plan : FramePlan, optional
+        Which raw frames are used, and their panels (`zemosaic_frames.FramePlan`); default: all, as the settings say.
     **overrides
         Single settings by name, loosely typed as on the command line.
 
@@ -114,13 +132,42 @@ def run_hierarchical_mosaic(
         log_start(logger, source, output, settings)
         for note in notes:
             reporter.warn("", note)
-        with scratch_folder(output, settings) as scratch:
-            result = run_phases(source, output, scratch, settings, reporter, cancelled)
+        with (
+            scratch_folder(output, settings) as scratch,
+            checkpoints(output, settings, lambda level, text: reporter.say(level, "", text)) as kept,
+        ):
+            result = run_phases(source, output, scratch, settings, reporter, cancelled, kept, plan)
             reporter.stage("phase7", 0, 1)
         reporter.stage("phase7", 1, 1)
         duration = round(time.monotonic() - started, 1)
         reporter.say("SUCCESS", "run_success_processing_completed", f"done in {duration} s", duration=duration)
         return result
+
+
+def run_hierarchical_mosaic_process(
+    queue: Any, *args: Any, solver_settings_dict: dict[str, Any] | None = None, **kwargs: Any
+) -> None:
+    """Make the mosaic in a process of its own, as the graphical interface starts it; see `zemosaic_process`.
+
+    Parameters
+    ----------
+    queue : multiprocessing.Queue
+        Takes the messages, each ``(key, progress, level, fields)``.
+    *args
+        None.
+    solver_settings_dict : dict, optional
+        Settings of the plate solvers.
+    **kwargs
+        The interface's whole configuration; ``input_dir`` and ``output_dir`` are needed, unknown keys passed over.
+
+    Raises
+    ------
+    SystemExit
+        The run did not make its mosaic: 1 it failed, 2 its input or settings cannot be used, 130 it was stopped.
+        (In a child process the process ends, with that status or with 0.)
+    """
+    if status := serve(run_hierarchical_mosaic, queue, args, kwargs, solver_settings_dict):
+        sys.exit(status)
 
 
 def run_phases(
@@ -130,6 +177,8 @@ def run_phases(
     settings: Settings,
     reporter: Reporter,
     cancelled: Callable[[], bool],
+    kept: Checkpoints,
+    plan: Any = None,
 ) -> MosaicResult:
     """The seven phases, in order."""
     from threadpoolctl import threadpool_limits
@@ -159,7 +208,7 @@ def run_phases(
         lambda: open_cuda(settings.gpu_id_phase5, settings.gpu_selector),
         lambda key, text: reporter.warn(key, text, reason=switch.reason),
     )
-    run = Run(settings, output, reporter, switch, worker_count(settings), cancelled)
+    run = Run(settings, output, reporter, switch, worker_count(settings), cancelled, kept=kept)
     csv = output / "resource_telemetry.csv"
     with ExitStack() as stack:
         # our own threads use the cores; the linear algebra of small systems must not compete with them
@@ -180,7 +229,9 @@ def run_phases(
         stack.callback(switch.close)
 
         with clock.phase("phase1_scan"):
-            tiles = scan(run, source, output, scratch)
+            tiles = scan(run, source, output, scratch) if plan is None else None
+        if tiles is None:
+            tiles = tiles_of_frames(run, clock, source, scratch, plan)
         store = PixelStore(int(STORE_SHARE * settings.memory_budget))
         with clock.phase("phase4_grid"):
             tiles = trimmed(run, tiles)
@@ -233,6 +284,7 @@ def run_phases(
         {
             **describe(run, scene, factors, paths, version),
             "input": source,
+            "resume": kept.report(),
             "phases": clock.report(),
             "seconds": round(time.monotonic() - started, 3),
         }
@@ -263,24 +315,48 @@ def telemetry_feed(monitor: Any) -> Callable[..., None]:
     return listen
 
 
-def scan(run: Any, source: Path, output: Path, scratch: Path) -> list:
-    """Phase 1 for panels: open every tile; at least one must be usable."""
+def scan(run: Any, source: Path, output: Path, scratch: Path) -> list | None:
+    """Phase 1 for panels: open every tile; at least one must be usable. None where the input holds raw frames."""
     from zemosaic_mosaic import nothing_usable
-    from zemosaic_scan import scan_tiles
+    from zemosaic_scan import RawFrame, scan_tiles
 
-    tiles, aside = scan_tiles(
-        source, scratch, output, lambda done, total: run.reporter.stage("phase1_scan", done, total)
-    )
+    wanted = run.settings.use_existing_master_tiles
+    if wanted is False:
+        return None
+
+    def count(done: int, total: int) -> None:
+        run.check()
+        run.reporter.stage("phase1_scan", done, total)
+
+    try:
+        tiles, aside = scan_tiles(source, scratch, output, count, raw_ends=wanted is None)
+    except RawFrame:
+        return None
     for item in aside:
         run.set_aside(item.name, item.reason)
     run.check()
     if not tiles and not aside:
         kinds = ".fit, .fits, .fts; also .fz and .gz"
-        raise UsageError(f"There is no FITS file ({kinds}) in {source}: give the folder of the panels.")
+        raise UsageError(f"There is no FITS file ({kinds}) in {source}: give the folder of the frames or panels.")
     if not tiles:
         raise UsageError(nothing_usable(aside, f" in {source}"))
     run.reporter.info("run_info_existing_master_tiles_mode", f"{len(tiles)} plate-solved tiles", num_tiles=len(tiles))
+    run.kept.identify((tile.path for tile in tiles), run.jobs)
     return tiles
+
+
+def tiles_of_frames(run: Any, clock: Any, source: Path, scratch: Path, plan: Any) -> list:
+    """Phases 1 to 3 for raw frames: solved frames, their panels, and the panels' master tiles."""
+    from zemosaic_frames import FramePlan, panels_of, solved_frames
+    from zemosaic_panels import master_tiles
+
+    plan = plan or FramePlan()
+    with clock.phase("phase1_scan"):
+        frames = solved_frames(run, source, scratch, plan)
+    with clock.phase("phase2_cluster"):
+        panels = panels_of(run, frames, plan)
+    with clock.phase("phase3_master_tiles"):
+        return master_tiles(run, panels, scratch)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -290,17 +366,20 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of DESIGN section 7."""
     parser = argparse.ArgumentParser(
         prog="zemosaic-worker",
-        description="Make one photometrically exact mosaic of plate-solved FITS panels.",
+        description="Make one photometrically exact mosaic of raw FITS frames, or of plate-solved panels.",
         epilog="Exit status: 0 done; 1 the run failed; 2 the command or the input cannot be used; 130 interrupted.",
     )
     parser.add_argument(
-        "input_dir", nargs="?", type=Path, metavar="INPUT_DIR", help="folder of panels, searched recursively"
+        "input_dir", nargs="?", type=Path, metavar="INPUT_DIR", help="folder of frames or panels, searched recursively"
     )
     parser.add_argument("output_dir", nargs="?", type=Path, metavar="OUTPUT_DIR", help="where the mosaic goes")
     parser.add_argument("--config", type=Path, metavar="FILE.json", help="settings, one JSON object")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     parser.add_argument("--gpu", choices=("auto", "on", "off"), help="use a CUDA card (default: auto)")
     parser.add_argument("--tiles", action="store_true", help="the input holds plate-solved panels")
+    for kind in ("dark", "flat", "bias"):
+        parser.add_argument(f"--{kind}", metavar="PATH", help=f"master {kind}, or a folder of {kind} frames")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would do and need, and do nothing")
     parser.add_argument("--memory-budget", metavar="SIZE", help="working memory, such as 2GB (the default)")
     parser.add_argument("--jobs", type=int, metavar="N", help="threads (default: all cores)")
     loudness = parser.add_mutually_exclusive_group()
@@ -309,6 +388,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json-progress", action="store_true", help="progress as JSON lines on standard output")
     parser.add_argument(
         "--demo", type=Path, metavar="DIR", help="make a small synthetic set of panels in DIR and run on it"
+    )
+    parser.add_argument(
+        "--demo-raw", type=Path, metavar="DIR", help="make a small synthetic night of raw frames in DIR and run on it"
     )
     parser.add_argument("--version", action="version", version=f"zemosaic-worker {program_version()}")
     return parser
@@ -322,6 +404,9 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
         "gpu": options.gpu,
         "memory_budget": options.memory_budget,
         "num_processing_workers": options.jobs,
+        "dark": options.dark,
+        "flat": options.flat,
+        "bias": options.bias,
         "use_existing_master_tiles": True if options.tiles else None,
     }
     mapping.update({key: value for key, value in named.items() if value is not None})
@@ -374,13 +459,17 @@ def attempt(parser: argparse.ArgumentParser, options: argparse.Namespace, listen
 def command(parser: argparse.ArgumentParser, options: argparse.Namespace, listeners: list[Any]) -> None:
     """Run what the command line asks for and say where the results are."""
     settings, notes = settings_of(options)
-    if options.demo and options.input_dir:
-        raise UsageError("--demo DIR makes its own input and output in DIR: leave out INPUT_DIR and OUTPUT_DIR")
-    if options.demo:
-        options.input_dir, options.output_dir = demo_panels(options.demo)
+    demo = options.demo or options.demo_raw
+    if demo and (options.input_dir or (options.demo and options.demo_raw)):
+        raise UsageError("--demo DIR and --demo-raw DIR make their own input and output in DIR: give nothing else")
+    if demo:
+        options.input_dir, options.output_dir = demo_input(demo, raw=bool(options.demo_raw))
     if options.input_dir is None or options.output_dir is None:
         parser.print_usage(sys.stderr)
-        raise UsageError("INPUT_DIR and OUTPUT_DIR are needed (or --demo DIR)")
+        raise UsageError("INPUT_DIR and OUTPUT_DIR are needed (or --demo DIR, or --demo-raw DIR)")
+    if options.dry_run:
+        say_plan(options.input_dir, options.output_dir, settings)
+        return
     warnings = []
 
     def collect(key: str, progress: Any, level: Any, **fields: Any) -> None:
@@ -403,15 +492,39 @@ def command(parser: argparse.ArgumentParser, options: argparse.Namespace, listen
         summarise(result)
 
 
-def demo_panels(folder: Path) -> tuple[Path, Path]:
-    """Make the demonstration's panels; returns its input and output folder."""
-    from zemosaic_demo import write_demo
+def say_plan(source: Path, output: Path, settings: Settings) -> None:
+    """Print what a run would do."""
+    from zemosaic_plan import plan_run
 
+    for line in plan_run(usable_input(source, settings), output, settings).lines():
+        print(line)
+
+
+def demo_input(folder: Path, raw: bool) -> tuple[Path, Path]:
+    """Make the demonstration's panels or raw frames; returns its input and output folder."""
     prepare_output(folder)
     try:
+        if raw:
+            return demo_night(folder)
+        from zemosaic_demo import write_demo
+
         return write_demo(folder)
     except OSError as error:
         raise not_written(folder, error) from error
+
+
+def demo_night(folder: Path) -> tuple[Path, Path]:
+    """A small synthetic night; its frames carry a WCS only where there is no plate solver."""
+    from dataclasses import replace
+
+    from zemosaic_night import DEMO, write_night
+    from zemosaic_solve import choose_solver
+
+    solver = choose_solver(Settings(), lambda text: print(text, file=sys.stderr))
+    if solver is None:
+        print("The demonstration's frames get their WCS written into their headers.", file=sys.stderr)
+    lights, _ = write_night(folder, replace(DEMO, with_wcs=solver is None))
+    return lights, folder / "output"
 
 
 def list_warnings(warnings: Sequence[str]) -> None:
