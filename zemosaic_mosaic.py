@@ -47,13 +47,16 @@ from zemosaic_utils import Cancelled, UnusableFile, UsageError, make_radial_weig
 
 #: Shares of the memory budget for tiles kept in memory and for the blocks under way.
 STORE_SHARE, BLOCK_SHARE, COARSE_SHARE = 0.35, 0.35, 0.15
+#: Share of the memory budget for frames kept in memory: the blocks of a panel are small.
+FRAME_SHARE = 0.65
 
 
 @dataclass
 class Run:
     """What all phases of one run share.
 
-    ``frames`` are the rows of the report on raw frames, by name; ``hubs`` see `zemosaic_photometry.PhotometryOptions`.
+    ``frames`` are the rows of the report on raw frames, by name; ``hubs`` is the
+    number of tiles with which all others are compared (0: every overlapping pair is).
     """
 
     settings: Settings
@@ -66,6 +69,7 @@ class Run:
     kept: Checkpoints = field(default_factory=Checkpoints)
     frames: dict[str, dict[str, Any]] = field(default_factory=dict)
     hubs: int = 0
+    store: PixelStore | None = None
 
     def check(self) -> None:
         """Raise :class:`Cancelled` where the user has stopped the run."""
@@ -264,16 +268,16 @@ def solve(
 
         def measure(k: int):
             coarse = measure_tile(placed[k], surveys[k], counts, cell, store, backend, 2 if run.hubs else 1)
-            if not run.hubs:
-                pairs.add(k, coarse)
+            pairs.add(k, coarse)
             reporter.stage("phase5_intertile", next(done), len(placed))
             return coarse
 
         jobs = run.jobs if backend.parallel_blocks else 1
-        with PairsInPassing(len(placed)) as pairs:
+        hubs = best_tiles(surveys, run.hubs)
+        with PairsInPassing(len(placed), hubs) as pairs:
             coarse = run_parallel(measure, range(len(placed)), jobs, run.cancelled)
             run.check()
-            return mark, gains_and_offsets(run, coarse, None if run.hubs else pairs.relations()), True
+            return mark, gains_and_offsets(run, coarse, pairs.relations()), True
 
     mark, solution, fresh = run.switch.run(step)
     run.check()
@@ -287,16 +291,20 @@ def solve(
     return solution
 
 
-def gains_and_offsets(
-    run: Run, coarse: Sequence[CoarseTile], pairs: Sequence[PairRelation] | None
-) -> PhotometricSolution:
-    """Step 2 of Phase 5, with the run's settings; ``pairs`` where they are measured already."""
+def best_tiles(surveys: Sequence[TileSurvey], count: int) -> list[int]:
+    """Numbers of the ``count`` tiles with the least noise among those with the most data."""
+    whole = max(facts.pixels for facts in surveys)
+    order = sorted(range(len(surveys)), key=lambda k: (surveys[k].pixels < 0.9 * whole, surveys[k].noise.mean(), k))
+    return order[:count]
+
+
+def gains_and_offsets(run: Run, coarse: Sequence[CoarseTile], pairs: Sequence[PairRelation]) -> PhotometricSolution:
+    """Step 2 of Phase 5, with the run's settings."""
     settings = run.settings
     options = PhotometryOptions(
         match_gain=settings.intertile_photometric_match,
         gain_se_limit=settings.gain_se_limit,
         reject_bad_tiles=settings.reject_bad_tiles,
-        hubs=run.hubs,
     )
     return compute_photometric_gains_and_offsets(coarse, options, pairs)
 

@@ -164,26 +164,22 @@ def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
     return a.means[:, ya, xa], b.means[:, yb, xb], both
 
 
-def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None, hubs: int = 0) -> list[PairRelation]:
-    """Relations of the overlapping pairs, in the order of the tiles.
-
-    With ``hubs``, frames of one field need not all be compared with one another: see :func:`pairs_with_hubs`.
-    """
-    candidates = overlapping_pairs(tiles, excluded)
-    if hubs:
-        candidates = pairs_with_hubs(tiles, candidates, hubs)
-    found = (pair_relation(tiles, *pair) for pair in candidates)
+def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None) -> list[PairRelation]:
+    """Relations of the overlapping pairs, in the order of the tiles."""
+    found = (pair_relation(tiles, *pair) for pair in overlapping_pairs(tiles, excluded))
     return [relation for relation in found if relation is not None]
 
 
 class PairsInPassing:
     """Measures each pair as soon as both tiles are there, on a thread of its own, while others are being measured.
 
-    A context manager; :meth:`add` may be called from many threads, in any order.
+    A context manager; :meth:`add` may be called from many threads, in any order. With ``hubs``, tiles of one field need
+    not all be compared with one another: only pairs that hold a hub are measured.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, hubs: Sequence[int] = ()) -> None:
         self._tiles: list[CoarseTile | None] = [None] * count
+        self._hubs = set(hubs) or set(range(count))
         self._pending: dict[tuple[int, int], Future] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="pairs")
@@ -199,12 +195,23 @@ class PairsInPassing:
         with self._lock:
             self._tiles[k] = tile
             for j, other in enumerate(self._tiles):
-                if other is not None and j != k and overlap_windows(tile, other) is not None:
-                    i, j = min(j, k), max(j, k)
-                    self._pending[i, j] = self._pool.submit(pair_relation, self._tiles, i, j)
+                if other is not None and j != k and (j in self._hubs or k in self._hubs):
+                    self._measure(min(j, k), max(j, k))
+
+    def _measure(self, i: int, j: int) -> None:
+        if (i, j) not in self._pending and overlap_windows(self._tiles[i], self._tiles[j]) is not None:
+            self._pending[i, j] = self._pool.submit(pair_relation, self._tiles, i, j)
 
     def relations(self) -> list[PairRelation]:
-        """What `measure_pairs` gives for all tiles."""
+        """What `measure_pairs` gives for all tiles, or for the pairs that hold a hub.
+
+        All pairs are measured where those with a hub fall apart into more groups than they form together.
+        """
+        if len(self._hubs) < len(self._tiles):
+            everything = overlapping_pairs(self._tiles, None)
+            if _groups(len(self._tiles), list(self._pending)) > _groups(len(self._tiles), everything):
+                for pair in everything:
+                    self._measure(*pair)
         found = (self._pending[pair].result() for pair in sorted(self._pending))
         return [relation for relation in found if relation is not None]
 
@@ -219,19 +226,6 @@ def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) 
         meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
         pairs += [(i, int(j)) for j in rest[meets]]
     return pairs
-
-
-def pairs_with_hubs(tiles: Sequence[CoarseTile], pairs: Sequence[tuple[int, int]], hubs: int) -> list[tuple[int, int]]:
-    """Those of the pairs that hold one of the ``hubs`` tiles that meet most others (of these, those of least noise).
-
-    All pairs stay where the others would fall apart into more groups than they form together.
-    """
-    count = len(tiles)
-    degree = np.bincount(np.array(pairs, int).reshape(-1), minlength=count)
-    noise = [float(np.mean(tile.noise)) for tile in tiles]
-    chosen = set(sorted(range(count), key=lambda k: (-degree[k], noise[k], k))[:hubs])
-    few = [pair for pair in pairs if chosen.intersection(pair)]
-    return few if _groups(count, few) == _groups(count, pairs) else list(pairs)
 
 
 def _groups(count: int, pairs: Sequence[tuple[int, int]]) -> int:

@@ -144,13 +144,12 @@ def apply_photometric_normalization(data, gain, pivot, level):
 
 @dataclass(frozen=True)
 class PhotometryOptions:
-    """What can be chosen: match gains at all, the largest standard error of a believed ln gain, leave bad tiles out,
-    and how many tiles all others are compared with (0: every overlapping pair is compared)."""
+    """What the user can choose: match gains at all, the largest standard error of a believed ln gain, leave bad
+    tiles out."""
 
     match_gain: bool = True
     gain_se_limit: float = 0.05
     reject_bad_tiles: bool = True
-    hubs: int = 0
 
 
 def compute_photometric_gains_and_offsets(
@@ -183,7 +182,7 @@ def compute_photometric_gains_and_offsets(
     notes: list[str] = []
     excluded = absurd_levels(tiles) if options.reject_bad_tiles else np.zeros(len(tiles), bool)
     if pairs is None:
-        pairs = measure_pairs(tiles, excluded, options.hubs)
+        pairs = measure_pairs(tiles, excluded)
     while True:
         solution = _solve(tiles, [p for p in pairs if not (excluded[p.i] or excluded[p.j])], excluded, options)
         worst = worst_tile(solution, tiles) if options.reject_bad_tiles else None

@@ -70,7 +70,8 @@ class TileSurvey:
 class PixelStore:
     """Rows of tiles as float32 (C, rows, W), whole tiles kept in memory while the budget lasts.
 
-    Safe to use from many threads; the least recently used tile goes first.
+    Safe to use from many threads; the least recently used tile goes first. Tiles with the same reader of pixels (a frame
+    with one WCS and with another) are one.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -86,7 +87,7 @@ class PixelStore:
         if size > self._budget // 2:
             return _normalised(tile.read_rows(y0, y1), normalisation)
         with self._lock:
-            gate = self._reading.setdefault(id(tile), threading.Lock())
+            gate = self._reading.setdefault(id(tile.pixels), threading.Lock())
         with gate:
             data = self._find(tile, normalisation)
             if data is None:
@@ -99,9 +100,14 @@ class PixelStore:
                 self._keep(tile, normalisation, data)
             return data[:, y0:y1]
 
+    def offer(self, tile: Tile, data: np.ndarray) -> None:
+        """Keep pixels (C, H, W) of a whole tile that somebody has read already, where the budget allows."""
+        if data.nbytes <= self._budget // 2:
+            self._keep(tile, None, data)
+
     def _find(self, tile: Tile, normalisation: Normalisation | None) -> np.ndarray | None:
         with self._lock:
-            key = (id(tile), normalisation)
+            key = (id(tile.pixels), normalisation)
             if key not in self._kept:
                 return None
             self._kept.move_to_end(key)
@@ -110,7 +116,7 @@ class PixelStore:
     def _take(self, tile: Tile) -> np.ndarray | None:
         """The tile's pixels as they are, which are not needed again once they are normalised."""
         with self._lock:
-            entry = self._kept.pop((id(tile), None), None)
+            entry = self._kept.pop((id(tile.pixels), None), None)
             if entry is None:
                 return None
             self._size -= entry[1].nbytes
@@ -118,7 +124,7 @@ class PixelStore:
 
     def _keep(self, tile: Tile, normalisation: Normalisation | None, data: np.ndarray) -> None:
         with self._lock:
-            self._kept[id(tile), normalisation] = (tile, data)
+            self._kept[id(tile.pixels), normalisation] = (tile, data)
             self._size += data.nbytes
             while self._size > self._budget and len(self._kept) > 1:
                 _, (_, old) = self._kept.popitem(last=False)
