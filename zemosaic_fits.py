@@ -34,7 +34,7 @@ from zemosaic_headers import (
     quiet,
     wcs_header,
 )
-from zemosaic_utils import RunError, UnusableFile, is_disk_full
+from zemosaic_utils import RunError, UnusableFile, is_disk_full, page_array
 
 # ---------------------------------------------------------------------------------------------- pixel readers
 
@@ -72,7 +72,7 @@ class _RawImage:
     def read(self, y0: int, y1: int) -> np.ndarray:
         channels, height, width = self.stored.shape
         rows = y1 - y0
-        out = np.empty((channels, rows, width), np.float32)
+        out = page_array((channels, rows, width))
         with self.path.open("rb") as stream:
             if self.stored.interleaved:
                 raw = np.empty((rows, width, channels), self.stored.dtype)

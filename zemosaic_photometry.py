@@ -110,7 +110,7 @@ def namespace(array):
     return own() if own else sys.modules[type(array).__module__.partition(".")[0]]
 
 
-def apply_photometric_normalization(data, gain, pivot, level):
+def apply_photometric_normalization(data, gain, pivot, level, out=None):
     """Bring tile pixels to the common photometric system: ``(data - pivot) / gain + level``.
 
     Parameters
@@ -119,6 +119,8 @@ def apply_photometric_normalization(data, gain, pivot, level):
         Tile pixels of any array namespace; NaN stays NaN.
     gain, pivot, level : sequence of C floats
         One row of :class:`PhotometricSolution`.
+    out : array like ``data``, optional
+        Where to put the result.
 
     Returns
     -------
@@ -126,7 +128,7 @@ def apply_photometric_normalization(data, gain, pivot, level):
         Same namespace, dtype, shape and device as ``data``.
     """
     xp = namespace(data)
-    out = xp.empty_like(data)
+    out = xp.empty_like(data) if out is None else out
     # pieces that stay in a processor's cache; for a GPU they are still large
     rows = data.shape[1] if data.ndim > 1 else 1
     step = max(1, NORMALISED_AT_ONCE * rows // max(data.size // data.shape[0], 1))

@@ -20,6 +20,7 @@ from zemosaic_calibrate import Calibration, Correction
 from zemosaic_fits import StoredImage, Tile, _Pixels, _Rows, open_image
 from zemosaic_frame_header import Facts, read_facts, red_position, stored_pattern
 from zemosaic_headers import frame_count
+from zemosaic_utils import page_array
 
 _CHUNK_ROWS = 128
 """Rows that are worked on at once: they stay in the processor's cache."""
@@ -41,7 +42,7 @@ class _SensorRows:
     least_noise: float
 
     def read(self, y0: int, y1: int) -> np.ndarray:
-        out = np.empty((1 if self.red is None else 3, y1 - y0, self.shape[1]), np.float32)
+        out = page_array((1 if self.red is None else 3, y1 - y0, self.shape[1]))
         for first in range(y0, y1, _CHUNK_ROWS):
             last = min(first + _CHUNK_ROWS, y1)
             self._fill(first, last, out[:, first - y0 : last - y0])

@@ -62,7 +62,7 @@ class Settings:
         ours=True,
     )
     hot_pixel_sigma: float = setting(
-        8.0, "a pixel so far above its neighbours is repaired; 0: none", unit="sigma", low=0, high=1000, ours=True
+        5.0, "a pixel so far above its neighbours is repaired; 0: none", unit="sigma", low=0, high=1000, ours=True
     )
     reject_bad_frames: bool = setting(True, "set aside frames that are trailed or clouded beside the others", ours=True)
 

@@ -16,6 +16,7 @@ from scipy import ndimage
 from zemosaic_fits import Tile
 from zemosaic_grid import CoordinateMesh, OutputGrid, coordinate_mesh
 from zemosaic_photometry import Normalisation, apply_photometric_normalization
+from zemosaic_utils import page_array
 
 Rect = tuple[int, int, int, int]
 
@@ -132,7 +133,9 @@ class PixelStore:
 
 
 def _normalised(data: np.ndarray, normalisation: Normalisation | None) -> np.ndarray:
-    return data if normalisation is None else apply_photometric_normalization(data, *normalisation)
+    if normalisation is None:
+        return data
+    return apply_photometric_normalization(data, *normalisation, out=page_array(data.shape))
 
 
 def place_tiles(tiles: Sequence[Tile], grid: OutputGrid) -> list[PlacedTile | None]:

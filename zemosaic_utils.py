@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import math
+import mmap
 import os
 import sys
 import tempfile
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+#: Arrays of at least so many bytes get pages of their own.
+PAGED_BYTES = 4 << 20
 
 EXCLUDED_DIRS: frozenset[str] = frozenset({"unaligned_by_zemosaic"})
 """Names of folders whose content is never an input."""
@@ -161,6 +165,28 @@ def make_radial_weight_map(
     weight = np.cos(radius * np.float32(np.pi / 2)) ** np.float32(shape_power)
     centre = weight.max()  # with an even size the centre lies between the pixels
     return np.clip(weight / centre, min_weight_floor, 1).astype(np.float32, copy=False)
+
+
+# ---------------------------------------------------------------------------------------------- large arrays
+
+
+def page_array(shape: tuple[int, ...]) -> np.ndarray:
+    """Make an array of zeros, float32, on memory pages of its own, which go back to the system when it is freed.
+
+    The C library keeps freed arrays of some megabytes for itself and cuts them up: tiles that come and go on many threads
+    would take twice their memory. Small arrays come from numpy.
+    """
+    size = 4 * math.prod(shape)
+    if size < PAGED_BYTES:
+        return np.zeros(shape, np.float32)
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.float32).reshape(shape)
 
 
 # ----------------------------------------------------------------------------------------------- atomic files
