@@ -6,6 +6,7 @@ they are needed, which costs less than keeping them.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from zemosaic_leftovers import packed_survey, unpacked_survey
 from zemosaic_mosaic import Run, nothing_usable
 from zemosaic_raw import Frame, open_frame
 from zemosaic_reproject import run_parallel
-from zemosaic_scan import SetAside, find_fits_files
+from zemosaic_scan import MASTER_TILES, SetAside, find_fits_files
 from zemosaic_settings import Settings
 from zemosaic_solve import Hints, SolveError, choose_solver
 from zemosaic_starmatch import pointing_disagrees, separation, transfer_wcs
@@ -42,11 +43,15 @@ _GROUP_KEYS = ("items", "frames", "entries", "members", "files", "paths")
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """A frame, its stars, and what its pixels are like: all that one look at the pixels tells."""
+    """A frame, its stars, and what its pixels are like: all that one look at the pixels tells.
+
+    ``mark`` is the fingerprint of the calibrated and debayered pixels.
+    """
 
     frame: Frame
     stars: Stars
     survey: TileSurvey
+    mark: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +146,8 @@ def find_frames(run: Run, source: Path, scratch: Path, plan: FramePlan) -> dict[
     settings = run.settings
     masters = [Path(text).absolute() for text in (settings.dark, settings.flat, settings.bias) if text]
     output = run.output_dir.absolute()
-    others = [scratch.absolute(), *masters, *([output] if output != source.absolute() else [output / "master_tiles"])]
+    inside = output == source.absolute() or output in source.absolute().parents
+    others = [scratch.absolute(), *masters, output / MASTER_TILES if inside else output]
     found = {}
     for path in find_fits_files(source, problems):
         place = path.absolute()
@@ -177,7 +183,7 @@ def solved_frames(run: Run, source: Path, scratch: Path, plan: FramePlan) -> lis
     frames = Solving(run, looks, scratch).all()
     run.check()
     if not frames:
-        raise UsageError(nothing_usable(run.aside, f" in {source}"))
+        raise UsageError(nothing_usable(run.aside, f" in {source}", "frame"))
     run.reporter.stage("phase1_scan", len(files), len(files))
     run.reporter.info(
         "run_info_phase1_finished", f"{len(frames)} of {len(files)} frames solved", num_valid_raws=len(frames)
@@ -194,6 +200,25 @@ def _calibration_files(settings: Settings) -> list[Path]:
     return files
 
 
+def open_raw(path: Path, name: str, calibration: Calibration, scratch: Path) -> Frame:
+    """Open a file that is to be a frame.
+
+    Raises
+    ------
+    UnusableFile
+        It is none, or the calibration frames do not fit it: one of another camera does not end the run.
+    """
+    try:
+        frame = open_frame(path, name, calibration, scratch)
+    except UsageError as error:
+        raise UnusableFile(path, f"cannot be calibrated ({str(error).rstrip('.')})") from error
+    if PRODUCT_KEYWORD in frame.header:
+        raise UnusableFile(path, "is a mosaic of an earlier run, which is not used as input")
+    if "MT_NFRAMES" in frame.header:
+        raise UnusableFile(path, "is a master tile, not a frame: give such a folder with --tiles")
+    return frame
+
+
 def read_frames(run: Run, files: Mapping[str, Path], calibration: Calibration, scratch: Path) -> list[Look]:
     """Open every frame and find its stars, on all cores; what cannot be used is set aside."""
     masters = [run.kept.token(path) for path in _calibration_files(run.settings)]
@@ -201,14 +226,10 @@ def read_frames(run: Run, files: Mapping[str, Path], calibration: Calibration, s
 
     def look(name: str) -> Look | UnusableFile:
         try:
-            frame = open_frame(files[name], name, calibration, scratch)
-            if PRODUCT_KEYWORD in frame.header:
-                raise UnusableFile(files[name], "is a mosaic of an earlier run, which is not used as input")
-            if "MT_NFRAMES" in frame.header:
-                raise UnusableFile(files[name], "is a master tile, not a frame: give such a folder with --tiles")
+            frame = open_raw(files[name], name, calibration, scratch)
             key = fingerprint("frame", run.settings, run.kept.token(files[name]), masters)
             # a parsed header is as large as all that is known of the frame besides
-            return Look(replace(frame, header=fits.Header()), *seen(run, frame, key))
+            return Look(replace(frame, header=fits.Header()), *seen(run, frame, key), key)
         except UnusableFile as error:
             return error
         finally:
@@ -216,11 +237,14 @@ def read_frames(run: Run, files: Mapping[str, Path], calibration: Calibration, s
 
     found = run_parallel(look, list(files), run.jobs, run.cancelled)
     run.check()
+    misfits = [item.__cause__ for item in found if isinstance(getattr(item, "__cause__", None), UsageError)]
+    if misfits and not any(isinstance(item, Look) for item in found):
+        raise misfits[0]
     looks = []
     for name, item in zip(files, found, strict=True):
         if isinstance(item, UnusableFile):
-            run.set_aside(name, item.reason)
-            run.frames[name] = {"name": name, "status": "set aside", "reason": item.reason}
+            run.frames[name] = {"name": name}
+            set_frame_aside(run, name, item.reason)
         else:
             looks.append(item)
             run.frames[name] = {"name": name, "status": "read", **facts_of(item.frame, item.stars)}
@@ -233,7 +257,10 @@ def seen(run: Run, frame: Frame, mark: str) -> tuple[Stars, TileSurvey]:
     if kept is not None:
         facts = unpack(kept)
         return Stars(**unpack(facts["stars"].tobytes())), unpacked_survey(facts["survey"].tobytes())
-    pixels = frame.tile(WCS(naxis=2)).read_rows(0, frame.shape[0])
+    tile = frame.tile(WCS(naxis=2))
+    pixels = tile.read_rows(0, frame.shape[0])
+    if run.store is not None:
+        run.store.offer(tile, pixels)
     survey = survey_pixels(pixels)
     stars = find_stars(np.mean(pixels, axis=0) if len(pixels) > 1 else pixels[0], STARS_KEPT)
     if run.kept.enabled:
@@ -284,6 +311,7 @@ class Solving:
         self.solved: dict[str, SolvedFrame] = {}
         self.reasons: dict[str, str] = {}
         self.solver: Any = None
+        self.tried: set[str] = set()
 
     def all(self) -> list[SolvedFrame]:
         """Solve every frame; those without a solution are set aside."""
@@ -292,23 +320,32 @@ class Solving:
             if look.frame.wcs is not None and not force:
                 self.solved[name] = SolvedFrame(**vars(look), wcs=look.frame.wcs, solver="header")
         self.doubt_headers()
-        rest = [name for name in self.looks if name not in self.solved]
-        if rest:
-            self.solver = choose_solver(self.run.settings, lambda text: self.run.reporter.warn("", text))
-            done = iter(range(1, len(rest) + 1))
-
-            def solve(name: str) -> None:
-                self.solve(name)
-                total = len(self.looks)
-                self.run.reporter.stage("phase1_scan", total - (len(rest) - next(done)) // 2 - 1, total)
-
-            run_parallel(solve, rest, self.run.jobs, self.run.cancelled)
-            self.run.check()
-            self.transfer([name for name in rest if name not in self.solved])
+        self.doubt_lonely()
+        self.solve_rest()
+        if self.doubt_lonely():  # beside those that are solved now
+            self.solve_rest()
         for name in self.looks:
             if name not in self.solved:
                 set_frame_aside(self.run, name, self.reasons.get(name, "cannot be solved"))
         return [self.accepted(name) for name in self.looks if name in self.solved]
+
+    def solve_rest(self) -> None:
+        """Give what is not solved to the solver, then to the stars of what is solved; each frame once."""
+        rest = [name for name in self.looks if name not in self.solved and name not in self.tried]
+        if not rest:
+            return
+        if not self.tried:
+            self.solver = choose_solver(self.run.settings, lambda text: self.run.reporter.warn("", text))
+        self.tried |= set(rest)
+        done, total = iter(range(1, len(rest) + 1)), len(self.looks)
+
+        def solve(name: str) -> None:
+            self.solve(name)
+            self.run.reporter.stage("phase1_scan", total - (len(rest) - next(done)) // 2 - 1, total)
+
+        run_parallel(solve, rest, self.run.jobs, self.run.cancelled)
+        self.run.check()
+        self.transfer([name for name in rest if name not in self.solved])
 
     def accepted(self, name: str) -> SolvedFrame:
         item = self.solved[name]
@@ -327,6 +364,38 @@ class Solving:
             if reason is not None:
                 self.reasons[name] = reason
                 del self.solved[name]
+
+    def doubt_lonely(self) -> bool:
+        """Take back the WCS of headers that put a frame where no other is, though its stars are those of others.
+
+        Phase 3 compares the stars of a panel's frames; a frame that a lying WCS leads away has a panel to itself. It is
+        compared with the frames that were taken before and after it. A frame that shares its stars with none cannot be
+        judged.
+        """
+        items = list(self.solved.values())
+        if len(items) < 2:
+            return False
+        near = neighbourhood(items)
+        company = [k for k in range(len(items)) if len(near[k]) > 1]
+        when = [item.frame.date or "" for item in items]
+        order = sorted(company, key=lambda k: (when[k], items[k].name))
+
+        def judge(k: int) -> str | None:
+            place = bisect([(when[j], items[j].name) for j in order], (when[k], items[k].name))
+            for j in order[max(place - NEIGHBOURS, 0) : place + NEIGHBOURS]:
+                reason = contradiction(items[k], items[j])
+                if reason is not None:
+                    return reason
+            return None
+
+        lonely = [k for k, item in enumerate(items) if item.solver == "header" and len(near[k]) == 1 and company]
+        found = run_parallel(judge, lonely, self.run.jobs, self.run.cancelled)
+        self.run.check()
+        for k, reason in zip(lonely, found, strict=True):
+            if reason is not None:
+                self.reasons[items[k].name] = reason
+                del self.solved[items[k].name]
+        return any(found)
 
     def transfer(self, names: Sequence[str]) -> None:
         """Solve frames by the stars that they share with solved frames of the same field."""
@@ -387,6 +456,30 @@ class Solving:
         self.solved[name] = SolvedFrame(**vars(look), wcs=wcs, solver=solver)
 
 
+def neighbourhood(items: Sequence[SolvedFrame]) -> list[list[int]]:
+    """Of every frame those whose middle lies within a quarter of its shorter side, itself included."""
+    from scipy.spatial import cKDTree
+
+    ra, dec = np.radians([item.centre for item in items]).T
+    points = np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=1)
+    reach = np.radians([field_of(item.frame) / 4 for item in items])
+    return cKDTree(points).query_ball_point(points, reach)
+
+
+def contradiction(item: SolvedFrame, other: SolvedFrame) -> str | None:
+    """Why a frame's WCS cannot be true if another's is: the stars that both show lie elsewhere by more than it errs."""
+    wcs = transfer_wcs(item.stars, other.stars, other.wcs.deepcopy(), item.frame.scale)
+    if wcs is None:
+        return None
+    height, width = item.frame.shape
+    there = wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
+    away = separation(*item.centre, float(there.ra.deg), float(there.dec.deg))
+    # what overlaps by a strip is placed by it to some pixels; a mount's own errors are smaller than a tenth of the field
+    if away < field_of(item.frame) / 10:
+        return None
+    return f"its WCS is wrong by {away:.2f} degrees: its stars are those of {other.name}"
+
+
 def field_of(frame: Frame) -> float:
     """Shorter side of a frame in degrees; half a degree where nobody knows its scale."""
     return 0.5 if frame.scale is None else min(frame.shape) * frame.scale / 3600
@@ -406,7 +499,10 @@ def panels_of(run: Run, frames: Sequence[SolvedFrame], plan: FramePlan) -> list[
     groups = planned_groups(frames, plan) if plan.groups is not None else grouped(settings, frames)
     panels = []
     for group in groups:
-        reasons = frame_quality([item.stars for item in group]) if settings.reject_bad_frames else [None] * len(group)
+        reasons: list[str | None] = [None] * len(group)
+        if settings.reject_bad_frames:
+            kinds = [(item.frame.shape, item.frame.exposure) for item in group]
+            reasons = frame_quality([item.stars for item in group], kinds)
         kept = []
         for item, reason in zip(group, reasons, strict=True):
             if reason is None:
@@ -417,7 +513,7 @@ def panels_of(run: Run, frames: Sequence[SolvedFrame], plan: FramePlan) -> list[
             panels.append(kept)
     run.check()
     if not panels:
-        raise UsageError(nothing_usable(run.aside))
+        raise UsageError(nothing_usable(run.aside, what="frame"))
     reporter.stage("phase2_cluster", len(frames), len(frames))
     reporter.info("run_info_phase2_finished", f"{len(panels)} panels", num_groups=len(panels))
     return panels

@@ -477,7 +477,9 @@ def cuda_kernels(cuda):
         i, j = cuda.grid(2)
         if j < wanted.shape[0] and i < wanted.shape[1] and wanted[j, i]:
             mesh = (nodes, mesh_y, mesh_x, step)
-            measure_rect(source, origin, shape, mesh, cell_px, every, corner, wanted, (j, j + 1, i, i + 1), sums, counts)
+            measure_rect(
+                source, origin, shape, mesh, cell_px, every, corner, wanted, (j, j + 1, i, i + 1), sums, counts
+            )
 
     @cuda.jit(fastmath=False)
     def combine(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):

@@ -83,10 +83,10 @@ class Run:
         self.reporter.warn("", f"{name} is set aside: {subject}{reason}")
 
 
-def nothing_usable(aside: Sequence[SetAside], where: str = "") -> str:
-    """The sentence that refuses an input without a usable tile."""
+def nothing_usable(aside: Sequence[SetAside], where: str = "", what: str = "tile") -> str:
+    """The sentence that refuses an input without a usable tile (or frame)."""
     more = f", and {len(aside) - 1} more (see the warnings)" if len(aside) > 1 else ""
-    return f"There is no usable tile{where}: {aside[0].name} {aside[0].reason}{more}."
+    return f"There is no usable {what}{where}: {aside[0].name} {aside[0].reason}{more}."
 
 
 @dataclass(frozen=True)

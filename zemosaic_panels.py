@@ -8,9 +8,10 @@ bounded memory, either backend.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from zemosaic_grid import grid_header
 from zemosaic_mosaic import BLOCK_SHARE, STORE_SHARE, Run, Scene, lay_out, normalise
 from zemosaic_output import MosaicWriter
 from zemosaic_progress import Reporter
+from zemosaic_refine import align_frames
 from zemosaic_reproject import CoaddOptions, Rect, coadd
+from zemosaic_scan import MASTER_TILES
 from zemosaic_settings import Settings
-from zemosaic_starmatch import align_frames
 from zemosaic_tiles import PixelStore, TileSurvey
 from zemosaic_utils import UsageError, not_written
 
-FOLDER = "master_tiles"
 #: Frames of a panel are compared with so many of them, not each with each.
 HUBS = 2
 #: Cells in which frames are compared, in pixels: their noise is larger than a master tile's, and so are their overlaps.
@@ -57,7 +58,7 @@ def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], scratch: Pat
     UsageError
         No panel has a usable frame.
     """
-    folder = run.output_dir / FOLDER
+    folder = run.output_dir / MASTER_TILES
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -72,12 +73,14 @@ def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], scratch: Pat
         mark = master_tile(run, number, list(frames), path, scratch)
         if mark is not None:
             run.kept.vouch(path, mark)
-            tiles.append(open_tile(path, f"{FOLDER}/{path.name}", scratch))
+            tiles.append(open_tile(path, f"{MASTER_TILES}/{path.name}", scratch))
         run.reporter.stage("phase3_master_tiles", number, len(panels))
     for stale in sorted(folder.glob("master_tile_*.fits")):
         if stale not in [tile.path for tile in tiles]:
             stale.unlink()
     if not tiles:
+        with suppress(OSError):  # something of the user's lies in it
+            folder.rmdir()
         raise UsageError("No panel has a usable frame: see the warnings.")
     run.reporter.info("run_info_phase3_finished", f"{len(tiles)} master tiles", num_master_tiles=len(tiles))
     return tiles
@@ -94,7 +97,7 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, sc
         "stack",
         run.settings,
         run.switch.name,
-        [(item.name, run.kept.token(item.frame.path)) for item in frames],
+        [(item.name, item.mark) for item in frames],
         [item.wcs.to_header_string(relax=True) for item in frames],
     )
     found = run.kept.load("stack", path.name, mark)
@@ -112,6 +115,15 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, sc
     return mark
 
 
+def remove_master_tiles(tiles: Sequence[Tile]) -> None:
+    """With ``keep_master_tiles`` off, the end of the files that `master_tiles` made."""
+    for tile in tiles:
+        tile.path.unlink(missing_ok=True)
+    for folder in {tile.path.parent for tile in tiles}:
+        with suppress(OSError):  # something of the user's lies in it
+            folder.rmdir()
+
+
 #: What the report says of a frame in a stack.
 STACK_FACTS = ("status", "reason", "weight", "gain", "noise_normalised")
 
@@ -120,7 +132,12 @@ def aligned(run: Run, frames: list[SolvedFrame]) -> list[SolvedFrame]:
     """The frames with their WCS refined on the stars that they share; those whose WCS lies are set aside."""
     if len(frames) < 2:
         return frames
-    found = align_frames([item.stars for item in frames], [item.wcs for item in frames], frames[0].frame.shape)
+    found = align_frames(
+        [item.stars for item in frames],
+        [item.wcs for item in frames],
+        [item.frame.shape for item in frames],
+        [None if item.frame.ra is None else (item.frame.ra, item.frame.dec) for item in frames],
+    )
     kept = []
     for item, refined in zip(frames, found, strict=True):
         if refined.reason is not None:
@@ -183,7 +200,7 @@ def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, scra
     sub = panel_run(run)
     tiles = [item.frame.tile(item.wcs) for item in frames]
     by_name = {item.name: item for item in frames}
-    store = PixelStore(int(STORE_SHARE * run.settings.memory_budget))
+    store = run.store or PixelStore(int(STORE_SHARE * run.settings.memory_budget))
     try:
         grid, placed = lay_out(sub, tiles)
         looks = {tile: known(item.survey) for tile, item in zip(tiles, frames, strict=True)}
@@ -192,9 +209,7 @@ def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, scra
         scene = None
     for item in sub.aside:
         set_frame_aside(run, item.name, item.reason)
-    for text in sub.reporter.warnings:
-        if "set aside" not in text:
-            run.reporter.warn("", f"panel {number}: {text}")
+    tell(run, number, [text for text in sub.reporter.warnings if "set aside" not in text])
     if scene is None:
         return False
     scene = weighed(run.settings, scene, by_name)
@@ -202,6 +217,19 @@ def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, scra
     note_frames(run, scene)
     write_stack(sub, run.settings, scene, master_header(number, scene, used), path)
     return True
+
+
+def tell(run: Run, number: int, warnings: Sequence[str]) -> None:
+    """The warnings of a panel: those of one kind ("NAME: gain_undetermined: ...") are one, and the log holds all."""
+    kinds: dict[str, list[str]] = {}
+    for text in warnings:
+        kind = next((part for part in text.split(": ") if re.fullmatch("[a-z_]+", part)), text)
+        kinds.setdefault(kind, []).append(text)
+    for first, *more in kinds.values():
+        rest = f" (and {len(more)} more of this kind: see the log)" if more else ""
+        run.reporter.warn("", f"panel {number}: {first}{rest}")
+        for text in more:
+            run.reporter.info("", f"panel {number}: {text}")
 
 
 def known(survey: TileSurvey) -> Future:
@@ -236,7 +264,7 @@ def master_header(number: int, scene: Scene, frames: Sequence[SolvedFrame]) -> f
     """Header of a master tile: its WCS, what went into it, and the noise that follows from that."""
     header = grid_header(scene.grid)
     exposures = [item.frame.exposure for item in frames]
-    header["MT_NFRAMES"] = (sum(item.frame.n_frames for item in frames), "number of frames in this master tile")
+    header["HIERARCH MT_NFRAMES"] = sum(item.frame.n_frames for item in frames)
     header["NCOMBINE"] = (len(frames), "number of images combined")
     if all(value is not None for value in exposures):
         header["EXPTOTAL"] = (float(sum(exposures)), "[s] total exposure")
@@ -246,7 +274,7 @@ def master_header(number: int, scene: Scene, frames: Sequence[SolvedFrame]) -> f
         header["DATE-END"] = (dates[-1], "begin of the last frame")
     header["MT_PANEL"] = (number, "number of the panel")
     for channel, value in enumerate(expected_noise(scene)):
-        header[f"MT_NOIS{channel}"] = (float(value), "noise where all frames overlap, before resampling")
+        header[f"MT_NOIS{channel}"] = (float(value), "noise of the stack, before resampling")
     return header
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from astropy.wcs import WCS
 
 from zemosaic_backend import BackendSwitch, DeviceFailure
-from zemosaic_frames import FramePlan, find_frames, grouped
+from zemosaic_frames import FramePlan, find_frames, grouped, open_raw
 from zemosaic_grid import choose_output_grid
 from zemosaic_mosaic import Run, wants_aesthetic
 from zemosaic_progress import Reporter
-from zemosaic_raw import Frame, open_frame
+from zemosaic_raw import Frame
 from zemosaic_reproject import run_parallel
 from zemosaic_scan import RawFrame, scan_tiles
 from zemosaic_settings import Settings
@@ -142,13 +142,13 @@ def plan_of_frames(run: Run, source: Path, scratch: Path, plan: FramePlan) -> Pl
 
     def header(name: str) -> Frame | str:
         try:
-            return open_frame(files[name], name, calibration, scratch)
+            return open_raw(files[name], name, calibration, scratch)
         except UnusableFile as error:
             return f"{name} {error.reason}"
 
     found = run_parallel(header, list(files), run.jobs)
     frames = [item for item in found if isinstance(item, Frame)]
-    aside = [item for item in found if isinstance(item, str)]
+    aside = [f"{item.name} {item.reason}" for item in run.aside] + [item for item in found if isinstance(item, str)]
     if not frames:
         raise UsageError(f"There is no usable frame: {aside[0] if aside else 'the input folder holds no FITS file'}.")
     pointed = [item for frame in frames if (item := pointed_at(frame)) is not None]

@@ -18,6 +18,9 @@ from zemosaic_utils import UnsolvedImage, UnusableFile, UsageError, is_path_excl
 _FITS_NAME = re.compile(r"\.(fits?|fts)(\.(fz|gz))*$|\.fz$", re.IGNORECASE)
 _PRODUCT_NAME = re.compile(r"^zemosaic_MT\d+_R\d+_(science|aesthetic|coverage)\.fits(\.(fz|gz))*$", re.IGNORECASE)
 
+#: Folder of the output where Phase 3 puts its master tiles.
+MASTER_TILES = "master_tiles"
+
 
 @dataclass(frozen=True)
 class SetAside:
@@ -158,8 +161,11 @@ def scan_tiles(
     if names is not None:
         aside += [SetAside(name, "is not in the input folder") for name in sorted(set(names) - set(files))]
         files = {name: path for name, path in files.items() if name in set(names)}
-    files = {name: path for name, path in files.items() if not _lies_in(path, scratch_dir)}
-    if output_dir is not None and Path(output_dir).resolve() == root.resolve():
+    own = [Path(scratch_dir)]
+    if raw_ends and output_dir is not None and not _lies_in(root / "x", Path(output_dir) / MASTER_TILES):
+        own.append(Path(output_dir) / MASTER_TILES)  # made of frames that may lie here, too
+    files = {name: path for name, path in files.items() if not any(_lies_in(path, folder) for folder in own)}
+    if output_dir is not None and _lies_in(root / "x", output_dir):
         output_dir = None  # all panels lie in it
     tiles: list[Tile] = []
     unsolved: UnsolvedImage | None = None

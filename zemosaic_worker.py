@@ -230,8 +230,9 @@ def run_phases(
 
         with clock.phase("phase1_scan"):
             tiles = scan(run, source, output, scratch) if plan is None else None
+        made: list = []
         if tiles is None:
-            tiles = tiles_of_frames(run, clock, source, scratch, plan)
+            tiles = made = tiles_of_frames(run, clock, source, scratch, plan)
         store = PixelStore(int(STORE_SHARE * settings.memory_budget))
         with clock.phase("phase4_grid"):
             tiles = trimmed(run, tiles)
@@ -291,6 +292,10 @@ def run_phases(
     )
     write_json(paths["report"], report)
     reporter.stage("phase6", 2, 2)
+    if made and not settings.keep_master_tiles:
+        from zemosaic_panels import remove_master_tiles
+
+        remove_master_tiles(made)
     reporter.say("SUCCESS", "run_success_mosaic_saved", f"saved {paths['science']}", filename=paths["science"].name)
     return MosaicResult(
         paths["science"],
@@ -348,15 +353,21 @@ def scan(run: Any, source: Path, output: Path, scratch: Path) -> list | None:
 def tiles_of_frames(run: Any, clock: Any, source: Path, scratch: Path, plan: Any) -> list:
     """Phases 1 to 3 for raw frames: solved frames, their panels, and the panels' master tiles."""
     from zemosaic_frames import FramePlan, panels_of, solved_frames
+    from zemosaic_mosaic import FRAME_SHARE
     from zemosaic_panels import master_tiles
+    from zemosaic_tiles import PixelStore
 
     plan = plan or FramePlan()
+    # pixels that Phase 1 has read wait here for Phase 3, as far as the memory goes
+    run.store = PixelStore(int(FRAME_SHARE * run.settings.memory_budget))
     with clock.phase("phase1_scan"):
         frames = solved_frames(run, source, scratch, plan)
     with clock.phase("phase2_cluster"):
         panels = panels_of(run, frames, plan)
     with clock.phase("phase3_master_tiles"):
-        return master_tiles(run, panels, scratch)
+        tiles = master_tiles(run, panels, scratch)
+    run.store = None
+    return tiles
 
 
 # ---------------------------------------------------------------------------------------------------- command line

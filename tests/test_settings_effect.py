@@ -19,16 +19,41 @@ from PIL import Image
 from small_scene import LAYOUT, LOG, digests, pixels, product, small_sky, write_scene
 
 import zemosaic_backend
+import zemosaic_cluster
+import zemosaic_frames
 import zemosaic_peer
 import zemosaic_reproject
+import zemosaic_solve
 import zemosaic_telemetry
 import zemosaic_tiles
 from zemosaic_demo import Layout, make_panels, tangent_wcs, write_panels
+from zemosaic_night import Night, night_truth, panel_centre, write_calibration, write_night
 from zemosaic_settings import Settings
+from zemosaic_solve import SolveError
+from zemosaic_solver_parts import SolverMissing
 from zemosaic_utils import UsageError
 from zemosaic_worker import MosaicResult, run_hierarchical_mosaic
 
 # ------------------------------------------------------------------------------------------------------- the scenes
+
+NIGHT = Night(
+    rows=1,
+    columns=1,
+    frames=6,
+    shape=(200, 160),
+    scale=6.0,
+    faint_per_megapixel=8000,
+    rotation_deg=8,
+    drift_px=4,
+    dither_px=2,
+    clouds=0.15,
+    hot=120,
+    warm=0,
+    trails=1,
+    vignetting=0.3,
+    with_wcs=True,
+    wcs_error_px=1.0,
+)
 
 
 def edit(path: Path, **cards) -> None:
@@ -38,7 +63,11 @@ def edit(path: Path, **cards) -> None:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """Folders of panels: ``four`` (one of them of 5 frames, and a fifth of a finer scale), ``turned``, ``bad``, ``stack``."""
+    """Folders of panels: ``four`` (one of them of 5 frames, and a fifth of a finer scale), ``turned``, ``bad``, ``stack``.
+
+    ``lights`` are raw frames of one panel, a clouded and a trailed one among them; ``darks``, ``flats``, ``biass``
+    belong to them, and ``grid.fits`` is where their mosaics go.
+    """
     root = tmp_path_factory.mktemp("scenes")
     panels = write_scene(root / "four")
     edit(root / "four" / "panel_03.fits", **{"HIERARCH MT_NFRAMES": 5})
@@ -53,6 +82,10 @@ def scenes(tmp_path_factory) -> Path:
     with fits.open(root / "bad" / "panel_02.fits", mode="update") as hdul:
         hdul[0].data += np.float32(1e8)
     write_stack(root / "stack")
+    write_night(root, NIGHT)
+    write_calibration(root, NIGHT, count=3)
+    grid = tangent_wcs((190, 150), panel_centre(NIGHT, 0), NIGHT.scale)
+    fits.PrimaryHDU(np.zeros((190, 150), "u1"), grid.to_header()).writeto(root / "grid.fits")
     return root
 
 
@@ -101,6 +134,8 @@ def execute(scenes, tmp_path_factory) -> Callable[..., Outcome]:
     done: dict[tuple, Outcome] = {}
 
     def run(scene: str = "four", fresh: bool = False, **settings: Any) -> Outcome:
+        if scene == "lights":
+            settings["output_wcs_file"] = str(scenes / "grid.fits")
         key = (scene, *sorted(settings.items()))
         if fresh or key not in done:
             folder, heard = tmp_path_factory.mktemp("out"), []
@@ -135,9 +170,12 @@ def check(function: Callable[..., None]) -> Callable[..., None]:
 
 @check
 def use_existing_master_tiles(run):
-    with pytest.raises(UsageError, match="raw subs"):
-        run(use_existing_master_tiles=False)
-    run(use_existing_master_tiles=True)
+    assert len(run(use_existing_master_tiles=True).report["tiles"]) == 5
+    # of the five files one does not say that it is a master tile
+    (tile,) = run(use_existing_master_tiles=False).report["tiles"]
+    assert tile["name"] == "master_tiles/master_tile_001.fits"
+    with pytest.raises(UsageError, match="raw sub"):
+        run("lights", use_existing_master_tiles=True)
 
 
 @check
@@ -151,6 +189,277 @@ def master_tile_crop_percent(run):
     little, much = (run(apply_master_tile_crop=True, master_tile_crop_percent=p) for p in (1, 20))
     # a fifth of 96 and 128 pixels on both sides
     assert much.image().shape[1] < little.image().shape[1] - 30 and much.image().shape[2] < little.image().shape[2] - 40
+
+
+# -- raw frames: Phases 1 to 3
+
+
+def night(run, **settings) -> Outcome:
+    """A run on the raw frames."""
+    return run("lights", **settings)
+
+
+def frames(outcome: Outcome, name: str) -> np.ndarray:
+    """A number of the report of each stacked frame."""
+    return np.array([row[name] for row in outcome.report["frames"] if row["status"] == "stacked"], float)
+
+
+def panels(outcome: Outcome) -> int:
+    return len(outcome.report["tiles"])
+
+
+def level(outcome: Outcome) -> np.ndarray:
+    image = outcome.image()
+    return np.array([np.median(plane[plane != 0]) for plane in image])
+
+
+@check
+def dark(run, scenes):
+    # the darks hold the bias (256) and what is left of the hot pixels
+    one = night(run, dark=str(scenes / "darks"), hot_pixel_sigma=0, stacking_rejection_algorithm="none")
+    other = night(run, hot_pixel_sigma=0, stacking_rejection_algorithm="none")
+    np.testing.assert_allclose(level(other) - level(one), 256, atol=25)
+    apart = other.image() - one.image()
+    assert np.mean(apart[one.image() != 0] > 350) > 0.01
+
+
+@check
+def flat(run, scenes):
+    def middle_over_corners(outcome: Outcome) -> float:
+        image = outcome.image()[1]
+        h, w = image.shape
+        corners = [image[y : y + h // 6, x : x + w // 6] for y in (0, h - h // 6) for x in (0, w - w // 6)]
+        sides = np.concatenate([c[c != 0] for c in corners])
+        return float(np.median(image[h // 3 : -h // 3, w // 3 : -w // 3]) / np.median(sides))
+
+    bias = str(scenes / "biass")
+    plain, flattened = night(run, bias=bias), night(run, bias=bias, flat=str(scenes / "flats"))
+    assert middle_over_corners(plain) > middle_over_corners(flattened) + 0.1
+
+
+@check
+def bias(run, scenes):
+    np.testing.assert_allclose(level(night(run)) - level(night(run, bias=str(scenes / "biass"))), 256, atol=12)
+
+
+@check
+def bayer_pattern(run):
+    right, wrong = level(night(run)), level(night(run, bayer_pattern="RGGB"))
+    assert right.argmax() == 1  # the sky glows in green
+    assert wrong[0] > right[0] + 10 and wrong[1] < right[1] - 10
+
+
+@check
+def debayer_method(run):
+    assert differ(night(run), night(run, debayer_method="edge_aware"), by=1)
+
+
+@check
+def hot_pixel_sigma(run):
+    options = {"stacking_rejection_algorithm": "none", "refine_wcs": False}
+    repaired, left = night(run, **options), night(run, hot_pixel_sigma=0, **options)
+    assert np.mean(left.image() - repaired.image() > 100) > 0.02
+
+
+@check
+def reject_bad_frames(run):
+    assert len(frames(night(run), "weight")) == 4
+    assert len(frames(night(run, reject_bad_frames=False), "weight")) == 6
+
+
+@pytest.fixture
+def solver(monkeypatch) -> list:
+    """Hints that the plate solver got; it finds nothing."""
+    asked = []
+
+    def solve(image, stars, hints, scratch, cancelled):
+        asked.append(hints)
+        raise SolveError("Nothing was found.")
+
+    monkeypatch.setattr(zemosaic_frames, "choose_solver", lambda settings, warn: SimpleNamespace(solve=solve))
+    return asked
+
+
+@check
+def force_resolve_existing_wcs(run, solver):
+    run("lights", fresh=True)
+    assert solver == []
+    with pytest.raises(UsageError, match="cannot be solved"):
+        run("lights", force_resolve_existing_wcs=True)
+    assert len(solver) == 6
+
+
+@pytest.fixture
+def looked_for(monkeypatch) -> list[tuple]:
+    """Solvers that were looked for, with what the settings say of them; there is none."""
+    calls = []
+
+    def nothing(name: str):
+        def find(*arguments):
+            calls.append((name, *arguments))
+            raise SolverMissing(f"No {name}.")
+
+        return find
+
+    for name in ("find_astap", "find_astrometry_net"):
+        monkeypatch.setattr(zemosaic_solve, name, nothing(name))
+    return calls
+
+
+def unsolved(run, **settings) -> None:
+    with pytest.raises(UsageError, match="no plate solver"):
+        run("lights", force_resolve_existing_wcs=True, **settings)
+
+
+@check
+def solver_method(run, looked_for):
+    for method, order in (("astap", "find_astap"), ("astrometry", "find_astrometry_net"), ("none", None)):
+        looked_for.clear()
+        unsolved(run, solver_method=method)
+        assert (looked_for[0][0] if looked_for else None) == order
+
+
+@check
+def solver_timeout(run, looked_for):
+    unsolved(run, solver_timeout=7)
+    assert [call[-1] for call in looked_for] == [7, 7]
+
+
+@check
+def astap_executable_path(run, looked_for):
+    unsolved(run, astap_executable_path="/opt/astap")
+    assert looked_for[0][1] == "/opt/astap"
+
+
+@check
+def astap_data_directory_path(run, looked_for):
+    unsolved(run, astap_data_directory_path="/opt/stars")
+    assert looked_for[0][2] == "/opt/stars"
+
+
+@check
+def astap_default_search_radius(run, solver):
+    with pytest.raises(UsageError):
+        run("lights", force_resolve_existing_wcs=True, astap_default_search_radius=5.5)
+    assert {hints.radius for hints in solver} == {5.5}
+
+
+@check
+def astap_default_downsample(run, looked_for):
+    unsolved(run, astap_default_downsample=4)
+    assert looked_for[0][3] == 4
+
+
+@check
+def astap_max_instances(run, looked_for):
+    unsolved(run, astap_max_instances=3)
+    assert looked_for[0][4] == 3
+
+
+@check
+def astrometry_local_path(run, looked_for):
+    unsolved(run, astrometry_local_path="/opt/astrometry")
+    assert looked_for[1][1] == "/opt/astrometry"
+
+
+@check
+def refine_wcs(run):
+    def errors(outcome: Outcome) -> np.ndarray:
+        """Where the frames are, beside the truth (pixels), without what they share."""
+        truth = night_truth(NIGHT)
+        used = [row for row in outcome.report["frames"] if row["status"] == "stacked"]
+        off = []
+        for row in used:
+            sky = WCS(fits.Header.fromstring(row["wcs"])).pixel_to_world_values(80, 100)
+            off.append(np.subtract(truth.frame(row["name"]).wcs.world_to_pixel_values(*sky), (80, 100)))
+        return np.std(off, axis=0)
+
+    assert errors(night(run)).max() < 0.2 < errors(night(run, refine_wcs=False)).min()
+
+
+@check
+def cluster_panel_threshold(run):
+    assert panels(night(run)) == 1
+    # less than the frames were dithered by
+    assert panels(night(run, cluster_panel_threshold=1e-4)) > 3
+
+
+@check
+def cluster_target_groups(run):
+    assert panels(night(run, cluster_panel_threshold=1e-4, cluster_target_groups=2)) <= 2
+
+
+@check
+def cluster_orientation_split_deg(run):
+    assert panels(night(run, cluster_orientation_split_deg=3)) > 1
+
+
+@check
+def max_raw_per_master_tile(run):
+    assert panels(night(run, max_raw_per_master_tile=2, reject_bad_frames=False)) == 3
+
+
+@check
+def auto_limit_frames_per_master_tile(run, monkeypatch):
+    monkeypatch.setattr(zemosaic_cluster, "AUTO_CAP", 3)
+    assert panels(run("lights", fresh=True, reject_bad_frames=False)) == 2
+    assert panels(run("lights", reject_bad_frames=False, auto_limit_frames_per_master_tile=False)) == 1
+
+
+@check
+def stacking_normalize_method(run):
+    fitted, sky, none = (night(run, stacking_normalize_method=m) for m in ("linear_fit", "sky_mean", "none"))
+    assert np.ptp(frames(fitted, "gain")) > 0.02
+    assert (frames(sky, "gain") == 1).all() and (frames(none, "gain") == 1).all()
+    assert differ(sky, none, by=1) and differ(fitted, sky, by=1)
+
+
+@check
+def stacking_weighting_method(run):
+    variance, fwhm, none = (
+        frames(night(run, stacking_weighting_method=m), "weight") for m in ("noise_variance", "noise_fwhm", "none")
+    )
+    assert (none == 1).all() and np.ptp(variance) > 0.02 and np.abs(variance - fwhm).max() > 0.02
+
+
+@check
+def stacking_rejection_algorithm(run):
+    names = ("none", "kappa_sigma", "winsorized_sigma_clip", "linear_fit_clip")
+    # three sigma are never reached among six frames
+    tight = {"stacking_kappa_low": 1.2, "stacking_kappa_high": 1.2, "reject_bad_frames": False}
+    stacks = [night(run, stacking_rejection_algorithm=name, **tight) for name in names]
+    for k, one in enumerate(stacks):
+        assert all(differ(one, other) for other in stacks[:k])
+
+
+def clipped(run, **kappa) -> float:
+    return float(
+        night(run, stacking_rejection_algorithm="kappa_sigma", reject_bad_frames=False, **kappa).image().mean()
+    )
+
+
+@check
+def stacking_kappa_low(run):
+    assert clipped(run, stacking_kappa_low=0.8) > clipped(run, stacking_kappa_low=9) + 1
+
+
+@check
+def stacking_kappa_high(run):
+    assert clipped(run, stacking_kappa_high=0.8) < clipped(run, stacking_kappa_high=9) - 1
+
+
+@check
+def stacking_winsor_limits(run):
+    little, much = (night(run, stacking_winsor_limits=limits) for limits in ("0,0", "0.4,0.4"))
+    assert differ(little, much, by=5)
+
+
+@check
+def stacking_final_combine_method(run):
+    assert differ(night(run), night(run, stacking_final_combine_method="median"), by=5)
+
+
+# -- Phases 4 to 7
 
 
 @check
@@ -468,6 +777,18 @@ def num_processing_workers(run, monkeypatch):
 
 
 @check
+def resume(run):
+    assert (run(cache_retention="keep").folder / "zemosaic_resume").is_dir()
+    assert not (run(cache_retention="keep", resume="off").folder / "zemosaic_resume").exists()
+
+
+@check
+def cache_retention(run):
+    assert (run(cache_retention="keep").folder / "zemosaic_resume").is_dir()
+    assert not (run().folder / "zemosaic_resume").exists()
+
+
+@check
 def coadd_memmap_dir(run, tmp_path):
     run(coadd_memmap_dir=str(tmp_path), cleanup_temp_artifacts=False)
     (folder,) = tmp_path.iterdir()
@@ -479,6 +800,13 @@ def cleanup_temp_artifacts(run):
     assert not list(run().folder.glob(".*"))
     (kept,) = run(cleanup_temp_artifacts=False).folder.glob(".*")
     assert kept.is_dir()
+
+
+@check
+def keep_master_tiles(run):
+    assert [path.name for path in (night(run).folder / "master_tiles").iterdir()] == ["master_tile_001.fits"]
+    gone = night(run, keep_master_tiles=False)
+    assert not (gone.folder / "master_tiles").exists() and not differ(gone, night(run))
 
 
 @check

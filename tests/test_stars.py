@@ -66,7 +66,7 @@ def test_positions_are_as_good_as_the_noise_allows(lattice, fwhm):
     bound = np.sqrt(8 * np.pi) * (fwhm / 2.3548) ** 2 * NOISE / flux[k]
     assert np.sqrt(np.mean((off / np.hypot(bound, 0.005)) ** 2) / 2) < 1.35
     # the errors that the alignment weighs them with
-    assert 0.5 < np.sqrt(np.mean((off / position_error(stars)[j]) ** 2) / 2) < 1.35
+    assert 0.3 < np.sqrt(np.mean((off / position_error(stars)[j]) ** 2) / 2) < 1.35
 
 
 def test_what_is_measured(lattice):
@@ -83,7 +83,7 @@ def test_what_is_measured(lattice):
     assert (np.diff(stars.flux) <= 0).all()
     assert len(find_stars(paint((400, 600), x, y, flux, 3.5), limit=10)) == 10
     long = find_stars(paint((400, 600), x, y, flux, 3.0, stretch=2.0))
-    assert np.median(long.elongation[:50]) == pytest.approx(2, abs=0.15)
+    assert 1.7 < np.median(long.elongation[:50]) < 2.0, "what is below the threshold is not seen"
 
 
 def test_missing_pixels_edges_and_byte_order(lattice):
@@ -112,7 +112,7 @@ def test_hot_pixels_and_trails_are_no_stars(lattice):
     image += 3000 * np.exp(-(((columns - 1.3 * rows - 31.5) / 3) ** 2)).astype(np.float32)
     stars = find_stars(image)
     _, j = matched(stars, x, y)
-    assert len(stars) - len(j) < 0.06 * len(x)
+    assert len(stars) - len(j) <= 5
 
 
 def test_saturated_stars_are_told(lattice):
@@ -125,7 +125,8 @@ def test_saturated_stars_are_told(lattice):
 
 @pytest.mark.parametrize("value", [np.nan, 0.0, 500.0])
 def test_an_image_of_nothing_has_no_stars(value):
-    assert len(find_stars(np.full((300, 400), value, np.float32))) == 0
+    for shape in ((300, 400), (1, 1), (3, 400)):
+        assert len(find_stars(np.full(shape, value, np.float32))) == 0
 
 
 def test_noise_has_no_stars_and_a_frame_full_of_light_does_not_fail():
@@ -229,4 +230,210 @@ def rms(steps):
     return float(np.sqrt((np.asarray(steps) ** 2).sum(axis=-1).mean()))
 
 
-@dataclass_like := None if False else None
+@pytest.fixture(scope="module", params=[False, True], ids=["TAN", "TAN-SIP"])
+def panel(request, sky):
+    """True WCS of 16 frames (four of them another night, turned), the stars seen, and WCS that are somewhat off."""
+    rng = np.random.default_rng(6)
+    truth, given, stars = [], [], []
+    for k in range(16):
+        angle = rng.uniform(-3, 3) + (121 if k >= 12 else 0)
+        wcs = make_wcs(315.4 + rng.normal(0, 0.05), 68.15 + rng.normal(0, 0.02), angle, request.param)
+        truth.append(wcs)
+        stars.append(observe(wcs, sky, 100 + k))
+        given.append(moved_wcs(wcs, Affine(np.eye(2) + rng.normal(0, 2e-4, (2, 2)), rng.normal(0, 0.5, 2))))
+    return truth, given, stars
+
+
+def test_frames_are_aligned(panel):
+    truth, given, stars = panel
+    kept = [wcs.to_header_string(relax=True) for wcs in given]
+    start = time.perf_counter()
+    found = align_frames(stars, given, SHAPE)
+    assert time.perf_counter() - start < 2
+    assert kept == [wcs.to_header_string(relax=True) for wcs in given], "what was given is not changed"
+    before = np.array([errors(g, t) for g, t in zip(given, truth, strict=True)])
+    after = np.array([errors(f.wcs, t) for f, t in zip(found, truth, strict=True)])
+    assert rms(before) > 0.7
+    # frames of one night share what no star can tell: where the panel as a whole lies
+    assert rms(after[:12] - after[:12].mean(axis=0)) < 0.03
+    assert rms(after[12:] - after[12:].mean(axis=0)) < 0.03
+    assert rms(after) < 0.3
+    for item, wcs, step in zip(found, given, before - after, strict=True):
+        assert item.reason is None and item.matched > 200 and item.rms_px < 0.15
+        assert item.shift_px == pytest.approx(rms(step), rel=0.1, abs=0.01)
+        if wcs.sip is not None:
+            assert np.array_equal(item.wcs.sip.a, wcs.sip.a) and np.array_equal(item.wcs.sip.b, wcs.sip.b)
+            again = WCS(item.wcs.to_header(relax=True))
+            assert rms(errors(again, item.wcs)) < 1e-6, "the header tells the same"
+
+
+def test_the_order_of_the_frames_does_not_matter(panel):
+    _, given, stars = panel
+    order = np.random.default_rng(1).permutation(16)
+    straight = align_frames(stars, given, SHAPE)
+    shuffled = align_frames([stars[k] for k in order], [given[k] for k in order], SHAPE)
+    assert max(rms(errors(shuffled[n].wcs, straight[k].wcs)) for n, k in enumerate(order)) < 0.02
+
+
+def test_a_panel_that_agrees_stays(panel):
+    truth, _, stars = panel
+    assert max(item.shift_px for item in align_frames(stars, truth, SHAPE)) < 0.06
+
+
+def test_an_offset_of_many_pixels_is_brought_back(panel):
+    truth, given, stars = panel
+    off = [*given[:5], moved_wcs(given[5], Affine(np.eye(2), np.array([25.0, -17.0])))]
+    found = align_frames(stars[:6], off, SHAPE)
+    after = np.array([errors(f.wcs, t) for f, t in zip(found, truth, strict=False)])
+    assert found[5].reason is None and found[5].shift_px == pytest.approx(np.hypot(25, 17), abs=2)
+    assert rms(after - np.median(after, axis=0)) < 0.05
+
+
+def test_lying_frames_are_named(panel):
+    truth, given, stars = panel
+    given = list(given)
+    ra, dec = truth[3].wcs.crval
+    sip = truth[3].sip is not None
+    given[3] = make_wcs(ra, dec + 0.3, sip=sip)
+    given[7] = make_wcs(*truth[7].wcs.crval, 180, sip=sip)
+    given[9] = make_wcs(*truth[9].wcs.crval, -1.5, scale=2.6, sip=sip)
+    found = align_frames(stars, given, SHAPE)
+    assert [k for k, item in enumerate(found) if item.reason] == [3, 7, 9]
+    assert "not where its WCS says" in found[3].reason and found[3].wcs is given[3]
+
+
+def test_of_two_that_disagree_the_pointing_decides_else_the_number_of_stars(panel):
+    truth, given, stars = panel
+    ra, dec = truth[0].wcs.crval
+    lying = make_wcs(ra + 0.3, dec + 0.3)
+    pair = [stars[0], stars[1]], [lying, given[1]]
+    assert [bool(r.reason) for r in align_frames(*pair, SHAPE, [(ra, dec), (ra, dec)])] == [True, False]
+    more = replace(
+        stars[1], **{c: getattr(stars[1], c)[:200] for c in ("x", "y", "flux", "fwhm", "elongation", "flat")}
+    )
+    assert [bool(r.reason) for r in align_frames([stars[0], more], pair[1], SHAPE)] == [False, True]
+
+
+def test_what_cannot_be_judged_keeps_its_wcs(panel, sky):
+    _, given, stars = panel
+    far = make_wcs(315.4, 66.7)
+    empty = Stars(*np.zeros((5, 0)), 500.0, NOISE)
+    found = align_frames([*stars[:3], observe(far, sky, 50), empty], [*given[:3], far, given[3]], SHAPE)
+    assert [item.reason for item in found] == [None] * 5
+    assert found[3].wcs is far and found[4].wcs is given[3] and found[4].matched == 0 and found[0].matched > 200
+    assert align_frames([], [], SHAPE) == []
+    assert align_frames(stars[:1], given[:1], SHAPE)[0].wcs is given[0]
+
+
+def test_moving_a_wcs_is_exact():
+    wcs = make_wcs(angle=30)
+    turn = Affine(np.array([[1.001, 0.002], [-0.0015, 0.9995]]), np.array([0.7, -3.2]))
+    points = np.random.default_rng(0).uniform(0, 1000, (50, 2))
+    for version in (wcs, WCS(wcs.to_header())):  # CD, and PC with CDELT
+        moved = moved_wcs(version, turn)
+        assert moved.all_world2pix(version.all_pix2world(points, 0), 0) == pytest.approx(turn(points), abs=1e-6)
+    sip = make_wcs(sip=True)
+    shift = Affine(np.eye(2), np.array([12.3, -4.5]))
+    moved = moved_wcs(sip, shift)
+    assert moved.all_world2pix(sip.all_pix2world(points, 0), 0) == pytest.approx(shift(points), abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["shift", "rigid", "similar", "affine"])
+def test_fits_find_their_own_model(model):
+    c, s = np.cos(0.1), np.sin(0.1)
+    matrix = {"shift": np.eye(2), "rigid": [[c, -s], [s, c]], "similar": [[1.2 * c, -1.2 * s], [1.2 * s, 1.2 * c]]}
+    truth = Affine(np.array(matrix.get(model, [[1.1, 0.2], [0.0, 0.8]])), np.array([5.0, -7.0]))
+    points = np.random.default_rng(0).uniform(0, 100, (8, 2))
+    weight = np.r_[np.ones(7), 0]
+    target = truth(points)
+    target[7] += 100
+    found = fit_affine(points, target, weight, model)
+    assert found.matrix == pytest.approx(truth.matrix) and found.shift == pytest.approx(truth.shift)
+
+
+# --------------------------------------------------------------------------------------------------- transferred WCS
+
+
+@pytest.mark.parametrize("sip", [False, True])
+@pytest.mark.parametrize("spurious,lost", [(30, 0.1), (150, 0.4)])
+def test_a_solution_is_handed_on(sky, sip, spurious, lost):
+    rng = np.random.default_rng(8)
+    reference = make_wcs(sip=sip)
+    stars = observe(reference, sky, 1)
+    times = []
+    for k in range(8):
+        truth = make_wcs(315.4 + rng.normal(0, 0.3), 68.15 + rng.normal(0, 0.15), rng.uniform(0, 360), sip)
+        mine = observe(truth, sky, 10 + k, spurious, lost)
+        start = time.perf_counter()
+        found = transfer_wcs(mine, stars, reference)
+        times.append(time.perf_counter() - start)
+        assert found is not None and rms(errors(found, truth)) < 0.12
+        assert (found.sip is not None) == sip
+    assert np.median(times) < 0.05
+
+
+def test_a_frame_of_another_scale_or_with_few_stars_is_solved(sky):
+    reference = make_wcs()
+    stars = observe(reference, sky, 1)
+    other = make_wcs(315.45, 68.2, 77, scale=4.78)
+    found = transfer_wcs(observe(other, sky, 2), stars, reference, 4.7)
+    assert rms(errors(found, other)) < 0.15
+    near = make_wcs(315.42, 68.16, 77)
+    few = observe(near, sky, 3, spurious=0)
+    few = replace(few, **{c: getattr(few, c)[:40] for c in ("x", "y", "flux", "fwhm", "elongation", "flat")})
+    assert rms(errors(transfer_wcs(few, stars, reference), near)) < 0.2
+
+
+def test_unrelated_fields_are_refused():
+    rng = np.random.default_rng(9)
+    for count in (3, 9, 15, 50, 400):
+        for _ in range(12):
+            a, b = night(2, int(rng.integers(2**31)), stars=count)
+            assert transfer_wcs(a, b, make_wcs()) is None
+            # and are not aligned with each other either
+            reasons = [item.reason for item in align_frames([a, b], [make_wcs(), make_wcs()], (1000, 1000))]
+            assert sum(reason is not None for reason in reasons) == (count >= 9)
+
+
+def test_a_mirrored_frame_is_refused(sky):
+    reference = make_wcs()
+    stars = observe(reference, sky, 1)
+    assert transfer_wcs(replace(stars, x=1079 - stars.x), stars, reference) is None
+
+
+def test_a_pointing_outside_the_frame_contradicts_its_wcs():
+    wcs = make_wcs(0.1, 60)
+    assert pointing_disagrees(wcs, 359.7, 60.3, SHAPE) is None
+    assert pointing_disagrees(wcs, None, None, SHAPE) is None
+    assert "1.00 degrees" in pointing_disagrees(wcs, 0.1, 61.0, SHAPE)
+
+
+# --------------------------------------------------------------------------------------------------------- real frames
+
+
+@pytest.fixture(scope="module")
+def real():
+    cv2 = pytest.importorskip("cv2")
+    paths = sorted(REAL.glob("*.fit"))
+    if not paths:
+        pytest.skip(f"the real Seestar frames are absent ({REAL})")
+    stars = []
+    for path in paths:
+        colour = cv2.cvtColor(fits.getdata(path).astype(np.uint16), cv2.COLOR_BayerGB2RGB)
+        stars.append(find_stars(colour.astype(np.float32).mean(axis=2)))
+    return stars, [WCS(fits.getheader(path)) for path in paths]
+
+
+@pytest.mark.realdata
+def test_real_frames_of_two_nights(real):
+    stars, given = real
+    assert all(len(s) > 150 and 2 < np.median(s.fwhm) < 5 for s in stars)
+    assert frame_quality(stars) == [None] * 6
+    found = align_frames(stars, given, SHAPE)
+    assert all(item.reason is None and item.matched > 150 and item.rms_px < 0.3 for item in found)
+    for reference in (0, 4):
+        for k in range(6):
+            wcs = transfer_wcs(stars[k], stars[reference], found[reference].wcs)
+            assert rms(errors(wcs, found[k].wcs)) < 0.2
+    turned = [*given[:4], given[4], moved_wcs(given[5], Affine(-np.eye(2), np.array([1079.0, 1919.0])))]
+    assert [bool(item.reason) for item in align_frames(stars, turned, SHAPE)] == [False] * 5 + [True]
