@@ -142,9 +142,9 @@ class Calibration:
         ``notice(key, text)`` warns, once for each key.
     """
 
-    debayer_method: str = "edge_aware"
+    debayer_method: str = "bilinear"
     bayer_pattern: str = "auto"
-    hot_pixel_sigma: float = 8.0
+    hot_pixel_sigma: float = 5.0
     bias: Master | None = None
     dark: Master | None = None
     flat: Master | None = None

@@ -127,7 +127,7 @@ ignored: tile borders: no data means weight 0, the feather hides edges; to trim:
     altaz_strict_overlap_crop_min_size_px=256 altaz_unknown_policy=auto quality_crop_band_px=32
     quality_crop_enabled=false quality_crop_k_sigma=2.0 quality_crop_margin_px=8 quality_crop_min_run=2
     crop_follow_signal=true global_wcs_autocrop_enabled=true global_wcs_autocrop_margin_px=128
-ignored: every weight is applied once: `tile_weight_mode`, the feather, ALPHA as mask
+ignored: every weight is applied once: `tile_weight_mode`, the feather, ALPHA
     tile_weight_v4_curve=sqrt tile_weight_v4_enabled=true tile_weight_v4_max=1.35
     tile_weight_v4_min=0.75 tile_weight_v4_residual_penalty_enabled=false
     tile_weight_v4_residual_penalty_strength=0.35 tile_weight_v4_strength=1.0

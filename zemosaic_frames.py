@@ -1,7 +1,7 @@
 """Phases 1 and 2: from a folder of frames to panels of frames that know where on the sky they lie.
 
-Nothing but facts is kept of a frame (header, stars, WCS); its pixels are read, calibrated and debayered again whenever
-they are needed, which costs less than keeping them.
+Facts are kept of a frame (stars, WCS, noise); its pixels wait in memory for Phase 3 as far as the budget goes, and are
+read, calibrated and debayered again where it does not.
 """
 
 from __future__ import annotations

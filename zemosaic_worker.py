@@ -1,4 +1,4 @@
-"""ZeMosaic's worker: FITS panels in, one photometrically exact mosaic out.
+"""ZeMosaic's worker: raw FITS frames or panels in, one photometrically exact mosaic out.
 
 The entrances (command line, Python call) and the phases in order. What each phase does stands in the module that it
 calls; docs/architecture.md draws the house.

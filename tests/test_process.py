@@ -41,6 +41,7 @@ from small_scene import LOG, digests, product, write_scene
 import zemosaic_worker
 from zemosaic_demo import Layout
 from zemosaic_messages import Channel, Herald, LastState, plain
+from zemosaic_night import Night, write_night
 from zemosaic_process import read_order, serve
 from zemosaic_progress import STAGE_SHARES, LineLimit, TimeLeft, clock_text
 from zemosaic_utils import Cancelled, RunError, UsageError
@@ -50,6 +51,7 @@ ROOT = Path(zemosaic_worker.__file__).parent
 #: Many small panels: every phase lasts some tenths of a second.
 MANY = Layout(rows=8, columns=8, shape=(192, 256), overlap=0.3, noise=2.0)
 STOPS = 20
+RAW_STOPS = 6
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM: terminate() ends a process at once")
 
 
@@ -432,10 +434,13 @@ def is_gone(number: int) -> bool:
         return True
 
 
-def stop_at(k: int, panels: Path, folder: Path) -> SimpleNamespace:
+PANEL_STAGES = ["start", "phase1_scan", "phase4_grid", "phase5_intertile", "phase5_reproject", "second pass", "phase6"]
+RAW_STAGES = ["phase1_scan", "phase2_cluster", "phase3_master_tiles"]
+
+
+def stop_at(k: int, source: Path, folder: Path, stages: list[str] = PANEL_STAGES) -> SimpleNamespace:
     """Start a run and stop it in its k-th way: in each phase in turn, a random while after it began."""
     moment = random.Random(k)
-    stages = ["start", "phase1_scan", "phase4_grid", "phase5_intertile", "phase5_reproject", "second pass", "phase6"]
     wanted = stages[k % len(stages)]
 
     def reached(run: GuiProcess) -> bool:
@@ -445,7 +450,7 @@ def stop_at(k: int, panels: Path, folder: Path) -> SimpleNamespace:
             return any(m[1] == "phase5_reproject" and m[2] > m[3]["total"] // 2 for m in run.messages)
         return any(m[1] == wanted for m in run.messages)
 
-    run = start(**snapshot(panels, folder))
+    run = start(**snapshot(source, folder, use_existing_master_tiles=stages is PANEL_STAGES))
     while run.process.is_alive() and not reached(run):
         run.listen(0.05)
     time.sleep(moment.uniform(0, 0.3))
@@ -463,8 +468,30 @@ def stopped(panels, tmp_path_factory) -> Iterator[list[SimpleNamespace]]:
         return list(pool.map(lambda k: stop_at(k, panels, folders[k]), range(STOPS)))
 
 
+@pytest.fixture(scope="module")
+def stopped_nights(tmp_path_factory) -> list[SimpleNamespace]:
+    """Runs on raw frames that were stopped in Phases 1 to 3."""
+    night = Night(rows=1, columns=3, frames=8, shape=(480, 320), with_wcs=True, bad_frames=False, hot=100, warm=100)
+    lights, _ = write_night(tmp_path_factory.mktemp("night"), night)
+    folders = [tmp_path_factory.mktemp(f"stop{k}") for k in range(RAW_STOPS)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda k: stop_at(k, lights, folders[k], RAW_STAGES), range(RAW_STOPS)))
+
+
+@posix
+def test_a_run_on_raw_frames_stops_in_its_phases(stopped_nights):
+    check_stops(stopped_nights, 3)
+    for stop in stopped_nights:
+        assert leftovers(stop.folder) == []
+
+
 @posix
 def test_a_run_stops_in_every_phase(stopped):
+    check_stops(stopped, 5)
+
+
+def check_stops(stopped, phases: int) -> None:
+    """Every run has ended in time and by the protocol, and in so many phases by the stop."""
     ends = set()
     for stop in stopped:
         end = "cancelled" if stop.run.heard(CANCELLED) else "done"  # the last moment may be too late
@@ -474,7 +501,7 @@ def test_a_run_stops_in_every_phase(stopped):
         state = json.loads((stop.folder / STATE).read_text()) if (stop.folder / STATE).exists() else None
         assert state is None or state["event"] == {"cancelled": "WORKER_CANCELLED", "done": "WORKER_DONE"}[end]
         ends.add((stop.wanted, end))
-    assert len({wanted for wanted, end in ends if end == "cancelled"}) >= 5
+    assert len({wanted for wanted, end in ends if end == "cancelled"}) >= phases
 
 
 @posix
