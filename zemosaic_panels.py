@@ -33,8 +33,9 @@ from zemosaic_settings import Settings
 from zemosaic_tiles import PixelStore, TileSurvey
 from zemosaic_utils import UsageError, not_written
 
-#: Frames of a panel are compared with so many of them, not each with each.
-HUBS = 2
+#: Frames of a panel are compared with so many of them, not each with each: its noise is common to all, and leaves with
+#: the gauge.
+HUBS = 1
 #: Cells in which frames are compared, in pixels: their noise is larger than a master tile's, and so are their overlaps.
 CELL = 8
 #: Width of the ramp at a frame's edge, in pixels.
