@@ -54,12 +54,11 @@ class Look:
     mark: str
 
 
-@dataclass(frozen=True, eq=False)
-class SolvedFrame(Look):
-    """A frame with its place on the sky; ``solver`` says where the WCS comes from."""
+class OnTheSky:
+    """What a ``frame`` and its ``wcs`` tell of where it lies."""
 
+    frame: Frame
     wcs: WCS
-    solver: str
 
     @property
     def name(self) -> str:
@@ -77,6 +76,14 @@ class SolvedFrame(Look):
         """Position angle of the frame's rows in degrees, counted as the WCS matrix has it."""
         matrix = self.wcs.pixel_scale_matrix
         return float(np.degrees(np.arctan2(matrix[1, 0], matrix[1, 1])) % 360)
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedFrame(Look, OnTheSky):
+    """A frame with its place on the sky; ``solver`` says where the WCS comes from."""
+
+    wcs: WCS
+    solver: str
 
 
 # ------------------------------------------------------------------------------------------ what the user has chosen

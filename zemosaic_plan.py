@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from astropy.wcs import WCS
 
 from zemosaic_backend import BackendSwitch, DeviceFailure
-from zemosaic_frames import FramePlan, find_frames, grouped, open_raw
+from zemosaic_frames import FramePlan, OnTheSky, find_frames, grouped, open_raw
 from zemosaic_grid import choose_output_grid
 from zemosaic_mosaic import Run, wants_aesthetic
 from zemosaic_progress import Reporter
@@ -74,26 +73,11 @@ def duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Pointed:
+class Pointed(OnTheSky):
     """A frame where its header says that it lies, north up where it does not say more."""
 
     frame: Frame
     wcs: WCS
-
-    @property
-    def name(self) -> str:
-        return self.frame.name
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        height, width = self.frame.shape
-        sky = self.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
-        return float(sky.ra.deg), float(sky.dec.deg)
-
-    @property
-    def orientation(self) -> float:
-        matrix = self.wcs.pixel_scale_matrix
-        return float(np.degrees(np.arctan2(matrix[1, 0], matrix[1, 1])) % 360)
 
 
 def plan_run(source: Path, output: Path, settings: Settings, plan: FramePlan | None = None) -> Plan:
