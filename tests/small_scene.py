@@ -11,6 +11,7 @@ from astropy.io import fits
 
 import zemosaic_worker
 from zemosaic_demo import Layout, Panel, Sky, make_panels, make_sky, mosaic_shape, write_panels
+from zemosaic_reproject import CoaddOptions
 
 LAYOUT = Layout(rows=2, columns=2, shape=(96, 128), overlap=0.4, noise=2.0, rotation_deg=4.0)
 #: In each of them only the log may remain of a run that ended early.
@@ -56,3 +57,18 @@ def product(folder: Path, kind: str) -> Path:
 def pixels(folder: Path, kind: str = "science") -> np.ndarray:
     """Image of a product, in native byte order."""
     return fits.getdata(product(folder, kind)).astype("f4")
+
+
+#: Every way to resample and to combine, for what must hold for all of them.
+OPTIONS = {
+    "mean": CoaddOptions(),
+    "lanczos": CoaddOptions(kernel="lanczos3"),
+    "median": CoaddOptions(combine="median"),
+    "sigma_clip": CoaddOptions(combine="sigma_clip", kappa_low=1.5, kappa_high=1.5),
+    "winsorized": CoaddOptions(combine="winsorized", winsor_limits=(0.2, 0.2)),
+    "winsorized_clip": CoaddOptions(combine="winsorized_clip"),
+    "linear_fit_clip": CoaddOptions(combine="linear_fit_clip"),
+    "sum": CoaddOptions(combine="sum"),
+    "min": CoaddOptions(combine="min"),
+    "last": CoaddOptions(combine="last"),
+}

@@ -8,20 +8,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from small_scene import OPTIONS
 
 from zemosaic_backend import BackendSwitch, open_cuda, trial, uncontracted
-from zemosaic_reproject import CoaddOptions
-
-OPTIONS = {
-    "mean": CoaddOptions(),
-    "lanczos": CoaddOptions(kernel="lanczos3"),
-    "median": CoaddOptions(combine="median"),
-    "sigma_clip": CoaddOptions(combine="sigma_clip", kappa_low=1.5, kappa_high=1.5),
-    "winsorized": CoaddOptions(combine="winsorized", winsor_limits=(0.2, 0.2)),
-    "winsorized_clip": CoaddOptions(combine="winsorized_clip"),
-    "linear_fit_clip": CoaddOptions(combine="linear_fit_clip"),
-    "min": CoaddOptions(combine="min"),
-}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from fake_cuda import PACES, Card, CUDARuntimeError, OutOfMemoryError
+from small_scene import OPTIONS
 
 import zemosaic_backend
 from zemosaic_backend import BackendSwitch, CpuBackend, DeviceFailure
@@ -28,19 +29,6 @@ from zemosaic_photometry import coverage_gain, coverage_scale, identity_solution
 from zemosaic_reproject import CoaddOptions, coadd
 from zemosaic_tiles import PixelStore, place_tiles, survey_tile
 from zemosaic_worker import run_hierarchical_mosaic
-
-OPTIONS = {
-    "mean": CoaddOptions(),
-    "lanczos": CoaddOptions(kernel="lanczos3"),
-    "median": CoaddOptions(combine="median"),
-    "sigma_clip": CoaddOptions(combine="sigma_clip", kappa_low=1.5, kappa_high=1.5),
-    "winsorized": CoaddOptions(combine="winsorized", winsor_limits=(0.2, 0.2)),
-    "winsorized_clip": CoaddOptions(combine="winsorized_clip"),
-    "linear_fit_clip": CoaddOptions(combine="linear_fit_clip"),
-    "sum": CoaddOptions(combine="sum"),
-    "min": CoaddOptions(combine="min"),
-    "last": CoaddOptions(combine="last"),
-}
 
 
 @pytest.fixture
