@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from zemosaic_utils import UsageError
+from zemosaic_utils import UsageError, page_array
 
 Result = TypeVar("Result")
 
@@ -70,19 +70,20 @@ class CpuBackend:
         return array
 
     def zeros(self, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
-        return np.zeros(shape, dtype)
+        return page_array(shape) if dtype == "float32" else np.zeros(shape, dtype)
 
     def resample(self, source, part, values, weights, add: bool) -> None:
-        """Resample one tile into a block; ``part`` is a `zemosaic_reproject.Part`, see `zemosaic_kernels.resample_rect`."""
+        """Resample one tile into a block; ``part`` is a `zemosaic_reproject.Part`, see `zemosaic_kernels.resample_pixel`."""
         self._kernel("resample_rows")(
-            source, part.origin, part.shape, part.method, part.alpha, part.weight_map, part.spacing, part.feather,
+            *flat(source), part.origin, part.shape, part.method, part.alpha, part.weight_map, part.spacing, part.feather,
             part.scale, part.mesh, part.block, part.rect, values, weights, add,
         )  # fmt: skip
 
     def measure(self, source, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts) -> None:
-        """Sums and numbers of valid samples in coarse cells; see `zemosaic_kernels.measure_rect`."""
-        cells = (0, wanted.shape[0], 0, wanted.shape[1])
-        self._kernel("measure_cells")(source, origin, shape, mesh, cell_px, every, corner, wanted, cells, sums, counts)
+        """Sums and numbers of valid samples in coarse cells; see `zemosaic_kernels.measure_cell`."""
+        self._kernel("measure_cells")(
+            *flat(source), origin, shape, mesh, cell_px, every, corner, wanted, sums, counts
+        )  # fmt: skip
 
     def combine(self, values, weights, method, options, out) -> None:
         """Combine layers; ``options`` = (kappa_low, kappa_high, trim_low, trim_high).
@@ -94,9 +95,9 @@ class CpuBackend:
 
     def _kernel(self, name: str) -> Callable:
         import zemosaic_combine
-        import zemosaic_kernels
+        import zemosaic_loops
 
-        kernel = getattr(zemosaic_combine if name == "combine_layers" else zemosaic_kernels, name)
+        kernel = getattr(zemosaic_combine if name == "combine_layers" else zemosaic_loops, name)
         return kernel if self._compiled else kernel.py_func
 
     def free_bytes(self, fraction: float) -> int | None:
@@ -105,6 +106,16 @@ class CpuBackend:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def flat(image: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """An image (C, h, w) as one line of pixels, and the strides of its planes and rows in pixels; a view where its rows
+    are whole."""
+    if image.strides[2] != image.itemsize:
+        image = np.ascontiguousarray(image)
+    plane, row = image.strides[0] // image.itemsize, image.strides[1] // image.itemsize
+    length = (image.shape[0] - 1) * plane + (image.shape[1] - 1) * row + image.shape[2] if image.size else 0
+    return np.lib.stride_tricks.as_strided(image, (length,), (image.itemsize,)), plane, row
 
 
 class CudaBackend:

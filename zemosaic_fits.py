@@ -211,6 +211,12 @@ class Tile:
     raw_sub: bool = False
     zero_is_blank: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Its pixels lie uncompressed in a file: reading them again costs little more than copying them."""
+        image = self.pixels.image
+        return isinstance(image.rows if isinstance(image, _Window) else image, _RawImage)
+
     def read_rows(self, y0: int, y1: int) -> np.ndarray:
         """Read rows `y0` to `y1` (excluded) of all channels; safe on any number of threads.
 

@@ -1,7 +1,7 @@
 """The pixel functions of Phase 5, written once and compiled for the CPU and for CUDA.
 
-Every function marked ``register_jitable`` is ordinary Python that numba compiles into whatever calls it: the CPU
-loops in this module, the CUDA kernels of :func:`cuda_kernels`, or nothing at all (CUDA simulator). All arithmetic is
+Every function marked ``register_jitable`` is ordinary Python that numba compiles into whatever calls it: the CPU's
+loops (`zemosaic_loops`), the CUDA kernels of :func:`cuda_kernels`, or nothing at all (CUDA simulator). All arithmetic is
 in float64 with explicit casts and without fused multiply-add, so that every compilation gives the same coordinates,
 masks and weights bit for bit; only Lanczos weights go through ``sin`` and ``cos``, whose last bit may differ.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
 from zemosaic_combine import combine_pixel
@@ -24,6 +23,8 @@ LANCZOS3 = 1
 #: Coordinates are rounded to this fraction of a pixel: what a mesh loses to rounding (1e-9 pixel) must not make a
 #: masked neighbour contribute to a pixel that it does not touch.
 COORDINATE_QUANTUM = 1.0 / 1048576.0
+#: A float64 of this size (below 2^31 added to it or not) has :data:`COORDINATE_QUANTUM` as its last place.
+_LAST_PLACE = 6442450944.0
 
 
 @register_jitable
@@ -80,20 +81,17 @@ def tile_position(nodes, mesh_y, mesh_x, step, y, x):
 
 @register_jitable
 def quantise(coordinate):
-    """Round a finite coordinate to :data:`COORDINATE_QUANTUM`."""
-    return math.floor(coordinate * 1048576.0 + 0.5) * COORDINATE_QUANTUM
+    """Round a coordinate below 2^31 to :data:`COORDINATE_QUANTUM`: adding a large number loses what is smaller."""
+    return (coordinate + _LAST_PLACE) - _LAST_PLACE
 
 
 @register_jitable
 def on_tile(y, x, height, width):
-    """Whether the position ``(y, x)`` lies on the tile, and the position rounded.
-
-    A coordinate that is not finite fails the first comparison and is never made an index.
-    """
-    if not (y >= -0.6 and y <= height - 0.4 and x >= -0.6 and x <= width - 0.4):
-        return False, y, x
-    y = quantise(y)
-    x = quantise(x)
+    """Whether the position ``(y, x)`` lies on the tile, and the position rounded; (-1, -1) for one far off or not finite,
+    which is never made an index."""
+    near = y >= -0.6 and y <= height - 0.4 and x >= -0.6 and x <= width - 0.4
+    y = quantise(y if near else -1.0)
+    x = quantise(x if near else -1.0)
     return y >= -0.5 and y <= height - 0.5 and x >= -0.5 and x <= width - 0.5, y, x
 
 
@@ -139,66 +137,99 @@ def coarse_value(grid, spacing, y, x):
 
 
 @register_jitable
-def bilinear_corners(height, width, origin, y, x):
-    """Corner indices, counted from ``origin``, and weights of tile pixel ``(y, x)``.
+def bilinear_corners(height, width, y, x):
+    """Rows and columns of the corners around tile pixel ``(y, x)``, none below -1, and their weights.
 
     Coordinates up to half a pixel outside the tile use the edge pixel.
     """
-    j = int(math.floor(y))
-    i = int(math.floor(x))
+    j = np.int32(y + 1.0) - 1
+    i = np.int32(x + 1.0) - 1
     fy = y - j
     fx = x - i
-    j0 = max(j, 0) - origin[0]
-    i0 = max(i, 0) - origin[1]
-    j1 = min(j + 1, height - 1) - origin[0]
-    i1 = min(i + 1, width - 1) - origin[1]
+    j0 = max(j, 0)
+    i0 = max(i, 0)
+    j1 = min(j + 1, height - 1)
+    i1 = min(i + 1, width - 1)
     return j0, j1, i0, i1, (1.0 - fy) * (1.0 - fx), (1.0 - fy) * fx, fy * (1.0 - fx), fy * fx
 
 
 @register_jitable
-def bilinear_value(source, channel, corners):
-    """Bilinear value of one plane of a (C, h, w) array; a corner of weight 0 cannot spread its NaN."""
-    j0, j1, i0, i1, w00, w01, w10, w11 = corners
-    v00 = np.float64(source[channel, j0, i0])
-    v01 = np.float64(source[channel, j0, i1])
-    v10 = np.float64(source[channel, j1, i0])
-    v11 = np.float64(source[channel, j1, i1])
-    value = w00 * v00 + w01 * v01 + w10 * v10 + w11 * v11
-    if value != value:
-        value = 0.0
-        if w00 != 0.0:
-            value += w00 * v00
-        if w01 != 0.0:
-            value += w01 * v01
-        if w10 != 0.0:
-            value += w10 * v10
-        if w11 != 0.0:
-            value += w11 * v11
+def bilinear_mix(v00, v01, v10, v11, w00, w01, w10, w11):
+    """Weighted sum of the four corners; NaN where one of them is."""
+    return w00 * np.float64(v00) + w01 * np.float64(v01) + w10 * np.float64(v10) + w11 * np.float64(v11)
+
+
+@register_jitable
+def bilinear_rest(v00, v01, v10, v11, w00, w01, w10, w11):
+    """Weighted sum of those corners that have a weight: one of weight 0 cannot spread its NaN."""
+    value = 0.0
+    if w00 != 0.0:
+        value += w00 * np.float64(v00)
+    if w01 != 0.0:
+        value += w01 * np.float64(v01)
+    if w10 != 0.0:
+        value += w10 * np.float64(v10)
+    if w11 != 0.0:
+        value += w11 * np.float64(v11)
     return value
+
+
+@register_jitable
+def bilinear_value(source, channel, origin, corners):
+    """Bilinear value of one plane of a (C, h, w) array, its first pixel at ``origin``."""
+    j0, j1, i0, i1, w00, w01, w10, w11 = corners
+    v00 = source[channel, j0 - origin[0], i0 - origin[1]]
+    v01 = source[channel, j0 - origin[0], i1 - origin[1]]
+    v10 = source[channel, j1 - origin[0], i0 - origin[1]]
+    v11 = source[channel, j1 - origin[0], i1 - origin[1]]
+    value = bilinear_mix(v00, v01, v10, v11, w00, w01, w10, w11)
+    if value != value:
+        value = bilinear_rest(v00, v01, v10, v11, w00, w01, w10, w11)
+    return value
+
+
+@register_jitable
+def lanczos_reaches(shape, j, i):
+    """Whether the tile holds the 6 x 6 pixels around ``(j, i)``."""
+    return j >= 2 and i >= 2 and j + 3 < shape[0] and i + 3 < shape[1]
+
+
+@register_jitable
+def lanczos_line(w, a, b, c, d, e, f):
+    """Weighted sum of six neighbours; NaN where one that has a weight is missing."""
+    line = 0.0
+    line += w[0] * np.float64(a) if w[0] != 0.0 else 0.0
+    line += w[1] * np.float64(b) if w[1] != 0.0 else 0.0
+    line += w[2] * np.float64(c) if w[2] != 0.0 else 0.0
+    line += w[3] * np.float64(d) if w[3] != 0.0 else 0.0
+    line += w[4] * np.float64(e) if w[4] != 0.0 else 0.0
+    line += w[5] * np.float64(f) if w[5] != 0.0 else 0.0
+    return line
 
 
 @register_jitable
 def lanczos_value(source, channel, j, i, wy, wx):
-    """Lanczos-3 value of one plane of a (C, h, w) array around pixel ``(j, i)``; NaN where a pixel of the 6 x 6 support is missing."""
+    """Lanczos-3 value of one plane of a (C, h, w) array around pixel ``(j, i)``; NaN where a pixel of the 6 x 6 support
+    is missing."""
     value = 0.0
     for b in range(6):
         if wy[b] != 0.0:
-            line = 0.0
-            for a in range(6):
-                if wx[a] != 0.0:
-                    line += wx[a] * np.float64(source[channel, j + b - 2, i + a - 2])
-            value += wy[b] * line
+            y = j + b - 2
+            value += wy[b] * lanczos_line(
+                wx, source[channel, y, i - 2], source[channel, y, i - 1], source[channel, y, i],
+                source[channel, y, i + 1], source[channel, y, i + 2], source[channel, y, i + 3],
+            )  # fmt: skip
     return value
 
 
 @register_jitable
-def map_weight(alpha, weight_map, spacing, y, x, corners):
+def map_weight(alpha, origin, weight_map, spacing, y, x, corners):
     """Weight of tile pixel ``(y, x)`` after the tile's alpha plane and its coarse weight map, where it has them."""
     weight = 1.0
     if weight_map.size > 1:
         weight = coarse_value(weight_map, spacing, y, x)
     if alpha.size > 1:
-        weight = weight * bilinear_value(alpha, 0, corners)
+        weight = weight * bilinear_value(alpha, 0, origin, corners)
     return weight
 
 
@@ -216,19 +247,16 @@ def lanczos_or_nan(source, channel, origin, shape, y, x):
     """Lanczos-3 value at tile pixel ``(y, x)``; NaN where the tile's edge or a missing pixel cuts its support."""
     j = int(math.floor(y))
     i = int(math.floor(x))
-    if j < 2 or i < 2 or j + 3 >= shape[0] or i + 3 >= shape[1]:
+    if not lanczos_reaches(shape, j, i):
         return np.nan
     return lanczos_value(source, channel, j - origin[0], i - origin[1], lanczos_weights(y - j), lanczos_weights(x - i))
 
 
 @register_jitable
-def resample_rect(
-    source, origin, shape, method, alpha, weight_map, spacing, feather, scale, mesh, block, rect, values, weights, add
+def resample_pixel(
+    source, origin, shape, method, alpha, weight_map, spacing, feather, scale, mesh, block, y, x, values, weights, add
 ):  # fmt: skip
-    """Resample one tile into the output rectangle ``rect`` = (y0, y1, x0, x1) of a block.
-
-    One function from the coordinates to the sums, and no call with arrays for each pixel: numba would count
-    references there, which costs more than the pixel.
+    """Resample one tile into the output pixel ``(y, x)`` of a block.
 
     Parameters
     ----------
@@ -251,52 +279,31 @@ def resample_rect(
     """
     nodes, mesh_y, mesh_x, step = mesh
     height, width = shape
-    mapped = alpha.size > 1 or weight_map.size > 1
-    for y in range(rect[0], rect[1]):
-        row = (y - mesh_y) // step
-        wy = cubic_weights((y - mesh_y - row * step) / step)
-        j = y - block[0]
-        for cell in range((rect[2] - mesh_x) // step, (rect[3] - 1 - mesh_x) // step + 1):
-            # all pixels of one mesh cell on this row share the four column positions
-            if step > 1:
-                columns_y = cell_columns(nodes, 1, row, wy, cell)
-                columns_x = cell_columns(nodes, 0, row, wy, cell)
-            start = mesh_x + cell * step
-            for x in range(max(rect[2], start), min(rect[3], start + step)):
-                if step > 1:
-                    wx = cubic_weights((x - start) / step)
-                    ty = interpolate(columns_y, wx)
-                    tx = interpolate(columns_x, wx)
-                else:
-                    ty = nodes[1, row, cell]
-                    tx = nodes[0, row, cell]
-                seen, ty, tx = on_tile(ty, tx, height, width)
-                if not seen:
-                    continue
-                corners = bilinear_corners(height, width, origin, ty, tx)
-                weight = scale * edge_weight(feather, height, width, ty, tx)
-                if mapped:
-                    weight = weight * map_weight(alpha, weight_map, spacing, ty, tx, corners)
-                first = bilinear_value(source, 0, corners)
-                if not (weight > 0.0 and first == first):
-                    continue
-                i = x - block[1]
-                for channel in range(source.shape[0]):
-                    value = bilinear_value(source, channel, corners)
-                    if method == LANCZOS3:
-                        sharp = lanczos_or_nan(source, channel, origin, shape, ty, tx)
-                        if sharp == sharp:
-                            value = sharp
-                    if add:
-                        value = np.float64(values[channel, j, i]) + weight * value
-                    values[channel, j, i] = np.float32(value)
-                if add:
-                    weight = np.float64(weights[j, i]) + weight
-                weights[j, i] = np.float32(weight)
-
-
-#: The CPU loop.
-resample_rows = njit(nogil=True, cache=True, error_model="numpy")(resample_rect)
+    ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
+    seen, ty, tx = on_tile(ty, tx, height, width)
+    if not seen:
+        return
+    corners = bilinear_corners(height, width, ty, tx)
+    weight = scale * edge_weight(feather, height, width, ty, tx)
+    if alpha.size > 1 or weight_map.size > 1:
+        weight = weight * map_weight(alpha, origin, weight_map, spacing, ty, tx, corners)
+    first = bilinear_value(source, 0, origin, corners)
+    if not (weight > 0.0 and first == first):
+        return
+    j = y - block[0]
+    i = x - block[1]
+    for channel in range(source.shape[0]):
+        value = bilinear_value(source, channel, origin, corners)
+        if method == LANCZOS3:
+            sharp = lanczos_or_nan(source, channel, origin, shape, ty, tx)
+            if sharp == sharp:
+                value = sharp
+        if add:
+            value = np.float64(values[channel, j, i]) + weight * value
+        values[channel, j, i] = np.float32(value)
+    if add:
+        weight = np.float64(weights[j, i]) + weight
+    weights[j, i] = np.float32(weight)
 
 
 @register_jitable
@@ -310,138 +317,65 @@ def spline_weights(d):
 
 
 @register_jitable
-def spline_value(source, channel, j, i, wy, wx):
-    """Weighted mean of the 3 x 3 pixels around ``(j, i)`` of one plane; NaN where one of them is missing."""
-    value = 0.0
-    for b in range(3):
-        line = 0.0
-        for a in range(3):
-            line += wx[a] * np.float64(source[channel, j + b - 1, i + a - 1])
-        value += wy[b] * line
-    return value
+def weighted_three(w, a, b, c):
+    """Weighted sum of three values; NaN where one of them is."""
+    return w[0] * np.float64(a) + w[1] * np.float64(b) + w[2] * np.float64(c)
 
 
 @register_jitable
-def measure_rect(source, origin, shape, mesh, cell_px, every, corner, wanted, rect, sums, counts):
-    """Add the valid quadratic-spline samples of coarse cells to ``sums`` and their number to ``counts``.
+def spline_pixel(y, x, height, width):
+    """The pixel nearest to ``(y, x)`` on the tile, and whether the tile holds the 3 x 3 pixels around it."""
+    j = np.int32(y + 1.5) - 1
+    i = np.int32(x + 1.5) - 1
+    return j, i, j >= 1 and i >= 1 and j + 1 < height and i + 1 < width
+
+
+@register_jitable
+def spline_value(source, channel, j, i, wy, wx):
+    """Weighted mean of the 3 x 3 pixels around ``(j, i)`` of one plane; NaN where one of them is missing."""
+    above = weighted_three(wx, source[channel, j - 1, i - 1], source[channel, j - 1, i], source[channel, j - 1, i + 1])
+    middle = weighted_three(wx, source[channel, j, i - 1], source[channel, j, i], source[channel, j, i + 1])
+    below = weighted_three(wx, source[channel, j + 1, i - 1], source[channel, j + 1, i], source[channel, j + 1, i + 1])
+    return weighted_three(wy, above, middle, below)
+
+
+@register_jitable
+def measure_cell(source, origin, shape, mesh, cell_px, every, corner, j, i, sums, counts):
+    """Add the valid quadratic-spline samples of a coarse cell to ``sums`` and their number to ``counts``.
 
     Parameters
     ----------
     source, origin, shape, mesh
-        As for :func:`resample_rect`.
+        As for :func:`resample_pixel`.
     cell_px : int
         Side of a cell in output pixels.
     every : int
         Only every so many pixels of a cell, along each axis, are sampled; it divides ``cell_px``.
     corner : (int, int)
         Row and column on the coarse grid of ``sums[:, 0, 0]``.
-    wanted : uint8 (h, w)
-        Cells where it is 0 are left out.
-    rect : (j0, j1, i0, i1)
-        The cells to do, counted from ``corner``.
+    j, i : int
+        The cell, counted from ``corner``.
     sums, counts : float64 (C, h, w), int32 (h, w)
     """
     nodes, mesh_y, mesh_x, step = mesh
     height, width = shape
-    x0 = (corner[1] + rect[2]) * cell_px
-    x1 = (corner[1] + rect[3]) * cell_px
-    for y in range((corner[0] + rect[0]) * cell_px, (corner[0] + rect[1]) * cell_px, every):
-        j = y // cell_px - corner[0]
-        row = (y - mesh_y) // step
-        wy = cubic_weights((y - mesh_y - row * step) / step)
-        i = rect[2]
-        left = cell_px
-        for cell in range((x0 - mesh_x) // step, (x1 - 1 - mesh_x) // step + 1):
-            if step > 1:
-                columns_y = cell_columns(nodes, 1, row, wy, cell)
-                columns_x = cell_columns(nodes, 0, row, wy, cell)
-            start = mesh_x + cell * step
-            for x in range(max(x0, start), min(x1, start + step)):
-                if left == 0:
-                    i += 1
-                    left = cell_px
-                left -= 1
-                if wanted[j, i] == 0 or left % every:
-                    continue
-                if step > 1:
-                    wx = cubic_weights((x - start) / step)
-                    ty = interpolate(columns_y, wx)
-                    tx = interpolate(columns_x, wx)
-                else:
-                    ty = nodes[1, row, cell]
-                    tx = nodes[0, row, cell]
-                seen, ty, tx = on_tile(ty, tx, height, width)
-                if not seen:
-                    continue
-                py = int(math.floor(ty + 0.5))
-                px = int(math.floor(tx + 0.5))
-                if py < 1 or px < 1 or py + 1 >= height or px + 1 >= width:
-                    continue
-                ay = spline_weights(ty - py)
-                ax = spline_weights(tx - px)
-                first = spline_value(source, 0, py - origin[0], px - origin[1], ay, ax)
-                if not first == first:
-                    continue
-                counts[j, i] += 1
-                sums[0, j, i] += first
-                for channel in range(1, source.shape[0]):
-                    sums[channel, j, i] += spline_value(source, channel, py - origin[0], px - origin[1], ay, ax)
-
-
-#: The CPU loop.
-measure_cells = njit(nogil=True, cache=True, error_model="numpy")(measure_rect)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def cells_inside(mesh, shape, cell_px, corner, found):
-    """Mark in ``found`` the coarse cells of which any corner or the centre lies on the tile."""
-    nodes, mesh_y, mesh_x, step = mesh
-    half = cell_px // 2
-    for j in range(found.shape[0]):
-        for i in range(found.shape[1]):
-            y = (corner[0] + j) * cell_px
-            x = (corner[1] + i) * cell_px
-            for dy, dx in (
-                (half, half),
-                (0, 0),
-                (0, cell_px - 1),
-                (cell_px - 1, 0),
-                (cell_px - 1, cell_px - 1),
-            ):
-                ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y + dy, x + dx)
-                if on_tile(ty, tx, shape[0], shape[1])[0]:
-                    found[j, i] = 1
-                    break
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def stored_bytes(values, out):
-    """Float32 values (h, w) as big-endian words, uint32 (h, w): what a FITS file holds; 0 where they are not finite."""
-    bits = values.view(np.uint32)
-    for j in range(values.shape[0]):
-        for i in range(values.shape[1]):
-            word = bits[j, i]
-            if word & np.uint32(0x7F800000) == np.uint32(0x7F800000):
-                word = np.uint32(0)
-            out[j, i] = (
-                (word >> np.uint32(24))
-                | ((word >> np.uint32(8)) & np.uint32(0xFF00))
-                | ((word & np.uint32(0xFF00)) << np.uint32(8))
-                | (word << np.uint32(24))
-            )
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def bin_plane(plane, y, x, factor, sums, counts):
-    """Add float32 pixels (h, w) that are not NaN, the first at (y, x) of a grid of squares, to the squares' sums."""
-    for j in range(plane.shape[0]):
-        row = (y + j) // factor
-        for i in range(plane.shape[1]):
-            value = plane[j, i]
-            if value == value:
-                column = (x + i) // factor
-                sums[row, column] += value
-                counts[row, column] += 1
+    y0 = (corner[0] + j) * cell_px
+    x0 = (corner[1] + i) * cell_px
+    for y in range(y0, y0 + cell_px, every):
+        for x in range(x0, x0 + cell_px, every):
+            ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
+            seen, ty, tx = on_tile(ty, tx, height, width)
+            py, px, whole = spline_pixel(ty, tx, height, width)
+            if not (seen and whole):
+                continue
+            wy = spline_weights(ty - py)
+            wx = spline_weights(tx - px)
+            first = spline_value(source, 0, py - origin[0], px - origin[1], wy, wx)
+            if not first == first:
+                continue
+            counts[j, i] += 1
+            for channel in range(source.shape[0]):
+                sums[channel, j, i] += spline_value(source, channel, py - origin[0], px - origin[1], wy, wx)
 
 
 def cuda_kernels(cuda):
@@ -467,9 +401,9 @@ def cuda_kernels(cuda):
         y = rect[0] + j
         x = rect[2] + i
         if y < rect[1] and x < rect[3]:
-            resample_rect(
+            resample_pixel(
                 source, origin, shape, method, alpha, weight_map, spacing, feather, scale,
-                (nodes, mesh_y, mesh_x, step), block, (y, y + 1, x, x + 1), values, weights, add,
+                (nodes, mesh_y, mesh_x, step), block, y, x, values, weights, add,
             )  # fmt: skip
 
     @cuda.jit(fastmath=False)
@@ -477,9 +411,7 @@ def cuda_kernels(cuda):
         i, j = cuda.grid(2)
         if j < wanted.shape[0] and i < wanted.shape[1] and wanted[j, i]:
             mesh = (nodes, mesh_y, mesh_x, step)
-            measure_rect(
-                source, origin, shape, mesh, cell_px, every, corner, wanted, (j, j + 1, i, i + 1), sums, counts
-            )
+            measure_cell(source, origin, shape, mesh, cell_px, every, corner, j, i, sums, counts)
 
     @cuda.jit(fastmath=False)
     def combine(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):

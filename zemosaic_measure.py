@@ -9,7 +9,7 @@ import numpy as np
 
 from zemosaic_grid import mesh_positions, pixel_scale, source_rows
 from zemosaic_photometry import CoarseTile
-from zemosaic_tiles import PixelStore, PlacedTile, Rect, TileSurvey
+from zemosaic_tiles import PixelStore, PlacedTile, Rect, TileSurvey, readings
 
 #: Rows of the output measured at a time.
 STRIP = 2048
@@ -33,7 +33,7 @@ def overlap_counts(placed: Sequence[PlacedTile], shape: tuple[int, int], cell_px
 
 def cells_touched(item: PlacedTile, cell_px: int) -> np.ndarray:
     """Coarse cells within the tile's rectangle that it touches, uint8 (h, w)."""
-    from zemosaic_kernels import cells_inside
+    from zemosaic_loops import cells_inside
 
     cy0, cy1, cx0, cx1 = coarse_window(item.rect, cell_px)
     found = np.zeros((max(cy1 - cy0, 0), max(cx1 - cx0, 0)), np.uint8)
@@ -70,7 +70,7 @@ def measure_tile(
         rows = source_rows(item.mesh, rect, item.tile.shape) if wanted.shape[1] else None
         if rows is None:
             continue
-        source = backend.upload(store.rows(item.tile, *rows))
+        source = backend.upload(store.rows(item.tile, *rows, readings=readings(item, rect, rows)))
         strip = backend.zeros((item.tile.channels, bottom - top, wanted.shape[1]), "float64")
         strip_number = backend.zeros((bottom - top, wanted.shape[1]), "int32")
         backend.measure(

@@ -253,7 +253,7 @@ class MosaicWriter:
         values = np.ascontiguousarray(block, np.float32)
         if sys.byteorder == "big":
             return np.where(np.isfinite(values), values, np.float32(0))
-        from zemosaic_kernels import stored_bytes
+        from zemosaic_loops import stored_bytes
 
         out = np.empty(values.shape, np.uint32)
         stored_bytes(values.reshape(-1, values.shape[-1]), out.reshape(-1, values.shape[-1]))

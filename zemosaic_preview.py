@@ -130,7 +130,7 @@ class PreviewAccumulator:
 
     def _sum(self, block: np.ndarray, window: tuple[slice, slice], where: np.ndarray | bool = True) -> None:
         """Sum a block (C, h, w) of whole squares into a window of the picture."""
-        from zemosaic_kernels import bin_plane
+        from zemosaic_loops import bin_plane
 
         for channel, plane in enumerate(block):
             sums = np.zeros(self._sums[channel][window].shape, np.float32)
@@ -277,6 +277,8 @@ def _noise(sample: np.ndarray) -> np.ndarray:
     noise = np.zeros(len(sample))
     if pairs.size:
         noise = np.median(np.abs(pairs).reshape(len(sample), -1), axis=1) / (0.6745 * math.sqrt(2))
+    if (noise > 0).all():
+        return noise
     spread = np.ptp(np.percentile(flat, (16, 84), axis=1), axis=0) / 2
     noise = np.where(noise > 0, noise, spread)
     noise = np.where(noise > 0, noise, np.ptp(flat, axis=1) / 1000)

@@ -22,7 +22,7 @@ from zemosaic_backend import CpuBackend
 from zemosaic_fits import Tile
 from zemosaic_grid import OutputGrid, coordinate_mesh, source_rows
 from zemosaic_photometry import Normalisation, PhotometricSolution, identity_solution
-from zemosaic_tiles import WEIGHT_CELL, PixelStore, PlacedTile, Rect
+from zemosaic_tiles import WEIGHT_CELL, PixelStore, PlacedTile, Rect, readings
 
 KERNELS = ("bilinear", "lanczos3")
 COMBINE = (
@@ -200,7 +200,7 @@ def tile_part(
         block=(block[0], block[2]),
         rect=rect,
     )
-    return store.rows(item.tile, *rows, normalisation), part
+    return store.rows(item.tile, *rows, normalisation, readings(item, block, rows)), part
 
 
 def coadd_block(

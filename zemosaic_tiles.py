@@ -16,7 +16,6 @@ from scipy import ndimage
 from zemosaic_fits import Tile
 from zemosaic_grid import CoordinateMesh, OutputGrid, coordinate_mesh
 from zemosaic_photometry import Normalisation, apply_photometric_normalization
-from zemosaic_utils import page_array
 
 Rect = tuple[int, int, int, int]
 
@@ -26,6 +25,8 @@ WEIGHT_CELL = 8
 NOISE_CELL = 4
 #: Rows read at a time by a survey.
 SURVEY_ROWS = 512
+#: A plain file is read so many times in one pass rather than kept in memory.
+MOST_READINGS = 4.0
 #: A weight map or alpha plane that says nothing.
 NO_MAP = np.ones((1, 1), np.float32)
 
@@ -71,6 +72,9 @@ class TileSurvey:
 class PixelStore:
     """Rows of tiles as float32 (C, rows, W), whole tiles kept in memory while the budget lasts.
 
+    Of a plain file the system keeps what its memory allows; it is read again, which costs no more than the pages that a
+    second copy would need, unless a pass would read it more than :data:`MOST_READINGS` times.
+
     Safe to use from many threads; the least recently used tile goes first. Tiles with the same reader of pixels (a frame
     with one WCS and with another) are one.
     """
@@ -82,10 +86,15 @@ class PixelStore:
         self._lock = threading.Lock()
         self._reading: dict[int, threading.Lock] = {}
 
-    def rows(self, tile: Tile, y0: int, y1: int, normalisation: Normalisation | None = None) -> np.ndarray:
-        """Rows ``y0:y1`` of a tile, as they are or normalised; a view (not to be written) where the tile is kept."""
+    def rows(
+        self, tile: Tile, y0: int, y1: int, normalisation: Normalisation | None = None, readings: float = 1.0
+    ) -> np.ndarray:
+        """Rows ``y0:y1`` of a tile, as they are or normalised; a view (not to be written) where the tile is kept.
+
+        ``readings`` is how often the pass that needs them would read the tile as a whole, piece by piece.
+        """
         size = 4 * tile.channels * tile.shape[0] * tile.shape[1]
-        if size > self._budget // 2:
+        if size > self._budget // 2 or (tile.plain and readings <= MOST_READINGS):
             return _normalised(tile.read_rows(y0, y1), normalisation)
         with self._lock:
             gate = self._reading.setdefault(id(tile.pixels), threading.Lock())
@@ -133,9 +142,17 @@ class PixelStore:
 
 
 def _normalised(data: np.ndarray, normalisation: Normalisation | None) -> np.ndarray:
+    """The pixels, which are nobody else's any more, normalised in place."""
     if normalisation is None:
         return data
-    return apply_photometric_normalization(data, *normalisation, out=page_array(data.shape))
+    return apply_photometric_normalization(data, *normalisation, out=data)
+
+
+def readings(item: PlacedTile, piece: Rect, rows: tuple[int, int]) -> float:
+    """How often a tile is read as a whole by a pass in pieces of the output like this one, which needs those rows."""
+    y0, y1, x0, x1 = item.rect
+    pieces = max((y1 - y0) / (piece[1] - piece[0]), 1.0) * max((x1 - x0) / (piece[3] - piece[2]), 1.0)
+    return pieces * (rows[1] - rows[0]) / item.tile.shape[0]
 
 
 def place_tiles(tiles: Sequence[Tile], grid: OutputGrid) -> list[PlacedTile | None]:

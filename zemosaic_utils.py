@@ -21,6 +21,8 @@ import numpy as np
 
 #: Arrays of at least so many bytes get pages of their own.
 PAGED_BYTES = 4 << 20
+#: Bytes of a large page of memory, on most systems.
+LARGE_PAGE = 2 << 20
 
 EXCLUDED_DIRS: frozenset[str] = frozenset({"unaligned_by_zemosaic"})
 """Names of folders whose content is never an input."""
@@ -176,9 +178,11 @@ def page_array(shape: tuple[int, ...]) -> np.ndarray:
     The C library keeps freed arrays of some megabytes for itself and cuts them up: tiles that come and go on many threads
     would take twice their memory. Small arrays come from numpy.
     """
-    size = 4 * math.prod(shape)
-    if size < PAGED_BYTES:
+    count = math.prod(shape)
+    if 4 * count < PAGED_BYTES:
         return np.zeros(shape, np.float32)
+    # whole large pages: the system would fill a rest with hundreds of small ones, one by one
+    size = -(-4 * count // LARGE_PAGE) * LARGE_PAGE
     if hasattr(mmap, "MAP_ANONYMOUS"):
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
@@ -186,7 +190,7 @@ def page_array(shape: tuple[int, ...]) -> np.ndarray:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without large pages
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.float32).reshape(shape)
+    return np.frombuffer(pages, np.float32, count).reshape(shape)
 
 
 # ----------------------------------------------------------------------------------------------- atomic files

@@ -429,12 +429,11 @@ def compiled_pixel_functions():
     if not _COMPILED:
         from numba import njit
 
-        import zemosaic_kernels as kernels
         from zemosaic_combine import combine_pixel
+        from zemosaic_kernels import measure_cell, resample_pixel
 
-        _COMPILED["resample_rect"] = kernels.resample_rows
-        _COMPILED["measure_rect"] = kernels.measure_cells
-        _COMPILED["combine_pixel"] = njit(cache=True, error_model="numpy")(combine_pixel)
+        for function in (resample_pixel, measure_cell, combine_pixel):
+            _COMPILED[function.__name__] = njit(cache=True, error_model="numpy")(function)
     return _COMPILED
 
 

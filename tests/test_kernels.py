@@ -10,6 +10,8 @@ from scipy import ndimage, special
 
 import zemosaic_combine as how
 import zemosaic_kernels as k
+import zemosaic_loops as loops
+from zemosaic_backend import flat
 from zemosaic_reproject import CoaddOptions, winsorized_spread
 
 NO_ALPHA = np.ones((1, 1, 1), np.float32)
@@ -22,8 +24,8 @@ def sample(source, y, x, method=k.BILINEAR, *, feather=0.0, scale=1.0, alpha=NO_
     nodes = np.stack([np.asarray(x, float), np.asarray(y, float)])
     values = np.full((source.shape[0], *nodes.shape[1:]), np.nan, np.float32)
     weights = np.zeros(nodes.shape[1:], np.float32)
-    k.resample_rows(
-        source, (0, 0), source.shape[1:], method, alpha, weight_map, spacing, feather, scale, (nodes, 0, 0, 1), (0, 0),
+    loops.resample_rows(
+        *flat(source), (0, 0), source.shape[1:], method, alpha, weight_map, spacing, feather, scale, (nodes, 0, 0, 1), (0, 0),
         (0, nodes.shape[1], 0, nodes.shape[2]), values, weights, False,
     )  # fmt: skip
     return values, weights
@@ -135,8 +137,8 @@ def test_adding_accumulates_weighted_values(image, inner):
     nodes = np.stack(inner[::-1])
     sums, weights = np.zeros_like(once), np.zeros(once.shape[1:], np.float32)
     for scale in (0.5, 2.0):
-        k.resample_rows(
-            image, (0, 0), image.shape[1:], k.BILINEAR, NO_ALPHA, NO_MAP, 8.0, 0.0, scale, (nodes, 0, 0, 1), (0, 0),
+        loops.resample_rows(
+            *flat(image), (0, 0), image.shape[1:], k.BILINEAR, NO_ALPHA, NO_MAP, 8.0, 0.0, scale, (nodes, 0, 0, 1), (0, 0),
             (0, 40, 0, 50), sums, weights, True,
         )  # fmt: skip
     assert np.allclose(sums, 2.5 * once, rtol=1e-6) and (weights == 2.5).all()
@@ -156,8 +158,8 @@ def test_mesh_is_cubic_and_blocks_and_strips_are_windows():
     nodes = np.stack(curve(oy, ox))
     values, weights = np.full((2, 20, 30), np.nan, np.float32), np.zeros((20, 30), np.float32)
     strip = np.ascontiguousarray(source[:, 10:55])
-    k.resample_rows(
-        strip, (10, 0), (60, 70), k.BILINEAR, NO_ALPHA, NO_MAP, 8.0, 0.0, 1.0, (nodes, y0, x0, step), (15, 11),
+    loops.resample_rows(
+        *flat(strip), (10, 0), (60, 70), k.BILINEAR, NO_ALPHA, NO_MAP, 8.0, 0.0, 1.0, (nodes, y0, x0, step), (15, 11),
         (17, 33, 13, 40), values, weights, False,
     )  # fmt: skip
     y, x = np.mgrid[17:33, 13:40].astype(float)
@@ -222,12 +224,12 @@ def test_measured_sums_are_those_of_quadratic_spline_samples(rng, image):
     seen = (whole & np.isfinite(values[0])).reshape(6, 4, 8, 4)
     wanted = (rng.random((6, 8)) < 0.8).astype(np.uint8)
     sums, counts = np.zeros((2, 6, 8)), np.zeros((6, 8))
-    k.measure_cells(image, (0, 0), (23, 31), mesh, cell, 1, (0, 0), wanted, (0, 6, 0, 8), sums, counts)
+    loops.measure_cells(*flat(image), (0, 0), (23, 31), mesh, cell, 1, (0, 0), wanted, sums, counts)
     expected = np.where(seen, values.reshape(2, 6, 4, 8, 4), 0).sum(axis=(2, 4))
     assert np.array_equal(counts, seen.sum(axis=(1, 3)) * wanted)
     assert np.allclose(sums, expected * wanted, rtol=1e-6)
     found = np.zeros((6, 8), np.uint8)
-    k.cells_inside(mesh, (23, 31), cell, (0, 0), found)
+    loops.cells_inside(mesh, (23, 31), cell, (0, 0), found)
     on_tile = (0.6 * y - 2.1 >= -0.5) & (0.6 * y - 2.1 <= 22.5) & (0.7 * x - 1.3 >= -0.5) & (0.7 * x - 1.3 <= 30.5)
     assert np.array_equal(found > 0, on_tile.reshape(6, 4, 8, 4).any(axis=(1, 3)))
 
