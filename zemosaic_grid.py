@@ -114,14 +114,15 @@ def grid_header(grid: OutputGrid) -> fits.Header:
 def optimal_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
     """Output grid just large enough for the tiles, with the wanted scale, orientation and padding."""
     scale = wanted_scale(tiles, settings)
-    wcs, shape = _north_up_grid(tiles, scale) if settings.global_wcs_orientation == "north_up" else (None, None)
+    turn = settings.global_wcs_orientation == "as_tiles"
+    wcs, shape = _common_frame_grid(tiles, scale, turn)
     if wcs is None:
         from reproject.mosaicking import find_optimal_celestial_wcs
 
         wcs, shape = find_optimal_celestial_wcs(
             [(tile.shape, tile.wcs) for tile in tiles],
             resolution=scale * units.deg,
-            auto_rotate=settings.global_wcs_orientation == "as_tiles",
+            auto_rotate=turn,
             projection="TAN",
         )
     pad = [round(n * settings.global_wcs_padding_percent / 100 / 2) for n in shape]
@@ -129,11 +130,12 @@ def optimal_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
     return OutputGrid(wcs, (int(shape[0]) + 2 * pad[0], int(shape[1]) + 2 * pad[1]))
 
 
-def _north_up_grid(tiles: Sequence[Tile], scale: float) -> tuple[WCS | None, tuple[int, int] | None]:
+def _common_frame_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> tuple[WCS | None, tuple[int, int] | None]:
     """What `reproject.mosaicking.find_optimal_celestial_wcs` answers, for tiles of one celestial frame; None else.
 
     Importing reproject, with all that it brings, takes longer than a small mosaic's pixels. The definition is
-    reproject's: tangent point in the mean direction of the tiles' reference pixels, size from the tiles' corners.
+    reproject's: tangent point in the mean direction of the tiles' reference pixels, size from the tiles' corners, and,
+    where the grid may ``turn``, the directions of the least rectangle that holds them.
     """
     frame = wcs_to_celestial_frame(tiles[0].wcs)
     if not all(wcs_to_celestial_frame(tile.wcs).is_equivalent_frame(frame) for tile in tiles[1:]):
@@ -153,10 +155,49 @@ def _north_up_grid(tiles: Sequence[Tile], scale: float) -> tuple[WCS | None, tup
     wcs.wcs.cdelt = -scale, scale
     wcs.wcs.crpix = 1, 1
     pixels = wcs.wcs_world2pix(np.concatenate(corners), 1)
+    if turn:
+        angle = least_rectangle(pixels)
+        wcs.wcs.pc = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        pixels = wcs.wcs_world2pix(np.concatenate(corners), 1)
     low, high = pixels.min(axis=0), pixels.max(axis=0)
     wcs.wcs.crpix = 1.5 - low
     width, height = np.rint(high - low).astype(int)
     return wcs, (int(height), int(width))
+
+
+def least_rectangle(points: np.ndarray) -> float:
+    """Direction of the rectangle of least area around ``points`` (N, 2): radians, from -pi/4 to pi/4.
+
+    One of its sides lies along a side of the convex hull (Freeman & Shapira 1975).
+    """
+    hull = convex_hull(points)
+    sides = np.roll(hull, -1, axis=0) - hull
+    angles = np.arctan2(sides[:, 1], sides[:, 0])
+    along, across = (
+        np.ptp(np.outer(u, hull[:, 0]) + np.outer(v, hull[:, 1]), axis=1)
+        for u, v in ((np.cos(angles), np.sin(angles)), (-np.sin(angles), np.cos(angles)))
+    )
+    angle = angles[np.argmin(along * across)] % (np.pi / 2)
+    return float(angle - np.pi / 2 if angle > np.pi / 4 else angle)
+
+
+def convex_hull(points: np.ndarray) -> np.ndarray:
+    """Corners of the convex hull of ``points`` (N, 2), counter-clockwise (Andrew 1979, "monotone chain")."""
+    ordered = np.unique(points, axis=0)
+    chains = []
+    for run in (ordered, ordered[::-1]):
+        chain: list[np.ndarray] = []
+        for point in run:
+            while len(chain) > 1 and _turn(chain[-2], chain[-1], point) <= 0:
+                chain.pop()
+            chain.append(point)
+        chains += chain[:-1]
+    return np.array(chains)
+
+
+def _turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
+    """Above 0 where the way from ``a`` by ``b`` to ``c`` turns left."""
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
 
 
 def wanted_scale(tiles: Sequence[Tile], settings: Settings) -> float:

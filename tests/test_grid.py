@@ -209,12 +209,14 @@ def test_grid_holds_all_tiles(tiles):
 @pytest.mark.parametrize(
     "kinds", [CASES, ["tan"], ["tan", "sip", "rotated"], ["tpv"], ["galactic"], ["fk5 of 1975"], ["car", "zea"]]
 )
-def test_north_up_grid_is_that_of_reproject(kinds):
+@pytest.mark.parametrize("orientation", ["north_up", "as_tiles"])
+def test_grid_is_that_of_reproject(kinds, orientation):
     tiles = [tile_of(CASES[kind]) for kind in kinds]
-    grid = choose_output_grid(
-        tiles, Settings(global_wcs_padding_percent=0, global_wcs_res_override=5.0, global_wcs_pixelscale_mode="given")
+    wanted = {"global_wcs_res_override": 5.0, "global_wcs_pixelscale_mode": "given", "global_wcs_padding_percent": 0}
+    grid = choose_output_grid(tiles, Settings(**wanted, global_wcs_orientation=orientation))
+    wcs, shape = find_optimal_celestial_wcs(
+        [(t.shape, t.wcs) for t in tiles], resolution=5 * units.arcsec, auto_rotate=orientation == "as_tiles"
     )
-    wcs, shape = find_optimal_celestial_wcs([(t.shape, t.wcs) for t in tiles], resolution=5 * units.arcsec)
     assert grid.shape == shape
     assert list(grid.wcs.wcs.ctype) == list(wcs.wcs.ctype) and grid.wcs.wcs.radesys == wcs.wcs.radesys
     corners = np.array([[0, 0], [shape[1], 0], [0, shape[0]], shape[::-1]], float)
