@@ -14,9 +14,10 @@ from reproject import reproject_interp
 from reproject.mosaicking import reproject_and_coadd as reference_coadd
 from scipy import ndimage
 
+import zemosaic_fits
 from zemosaic_backend import CpuBackend
 from zemosaic_demo import Layout, make_panels, make_sky, mosaic_shape, tangent_wcs
-from zemosaic_fits import array_tile
+from zemosaic_fits import array_tile, open_tile
 from zemosaic_grid import OutputGrid
 from zemosaic_photometry import identity_solution
 from zemosaic_reproject import (
@@ -266,6 +267,23 @@ def test_feather_leaves_no_edge(borders):
             np.abs(np.diff(image[0], axis=a))[both.take(range(1, both.shape[a]), a)].max() for a in (0, 1)
         )
     assert steps[0.0] > 499 and steps[20.0] < 100
+
+
+def test_store_reads_a_plain_file_again_unless_a_pass_would_read_it_often(borders, tmp_path, monkeypatch):
+    panel = borders[0][0]
+    fits.writeto(tmp_path / "plain.fits", panel.data, panel.wcs.to_header())
+    plain, other = open_tile(tmp_path / "plain.fits"), array_tile(panel.data, panel.wcs)
+    asked = []
+    read = zemosaic_fits.Tile.read_rows
+    monkeypatch.setattr(zemosaic_fits.Tile, "read_rows", lambda *a: asked.append(a[1:]) or read(*a))
+    for tile, readings, reads in ((plain, 1.0, 2), (plain, 9.0, 1), (other, 1.0, 1)):
+        store = PixelStore(10**8)
+        asked.clear()
+        first, second = (store.rows(tile, 5, 20, readings=readings) for _ in range(2))
+        assert len(asked) == reads
+        assert np.array_equal(first, panel.data[:, 5:20], equal_nan=True) and np.array_equal(
+            first, second, equal_nan=True
+        )
 
 
 def test_cancelled_coadd_stops_between_blocks(borders):
