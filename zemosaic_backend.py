@@ -13,6 +13,8 @@ and has the whole step done anew on the CPU.
 from __future__ import annotations
 
 import functools
+import math
+import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -60,6 +62,7 @@ class CpuBackend:
 
     def __init__(self, compiled: bool = True) -> None:
         self._compiled = compiled
+        self._own = threading.local()
 
     def upload(self, array: np.ndarray) -> np.ndarray:
         """The array itself."""
@@ -71,6 +74,14 @@ class CpuBackend:
 
     def zeros(self, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
         return page_array(shape) if dtype == "float32" else np.zeros(shape, dtype)
+
+    def scratch(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Float32 array of any content, until the same thread asks for the next one."""
+        kept = getattr(self._own, "scratch", None)
+        size = math.prod(shape)
+        if kept is None or kept.size < size:
+            self._own.scratch = kept = page_array((size,))
+        return kept[:size].reshape(shape)
 
     def resample(self, source, part, values, weights, add: bool) -> None:
         """Resample one tile into a block; ``part`` is a `zemosaic_reproject.Part`, see `zemosaic_kernels.resample_pixel`."""
@@ -221,6 +232,11 @@ class CudaBackend:
     def zeros(self, shape: tuple[int, ...], dtype: str = "float32"):
         with self.guard("allocate"):
             return self._cupy.zeros(shape, dtype=dtype)
+
+    def scratch(self, shape: tuple[int, ...]):
+        """Float32 array of any content."""
+        with self.guard("allocate"):
+            return self._cupy.empty(shape, dtype="float32")
 
     def resample(self, source, part, values, weights, add: bool) -> None:
         """As :meth:`CpuBackend.resample`; the part holds host arrays."""

@@ -1,10 +1,6 @@
-"""What the overlap of two tiles says about their gains: errors-in-variables fits of one tile on the other.
+"""Pairs of tiles that overlap: their common cells, and what these say about the tiles' gains and levels.
 
-Both tiles are means over the same coarse cells (:class:`CoarseTile`), so both axes are noisy and the noise is known.
-The fit is Deming's, robust, on the structure that remains after a constant. What else may differ between two
-exposures of one sky is fitted along: a displacement and the width and shape of the stars (shared by all channels, so
-that it cannot trade against one channel's gain, a colour error), and a plane where the residuals ask for it.
-docs/photometry.md derives it.
+Both tiles are means over the same coarse cells (:class:`CoarseTile`); `zemosaic_deming` fits one on the other.
 """
 
 from __future__ import annotations
@@ -12,38 +8,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage, sparse
-from scipy.sparse import csgraph
 
-#: Relative errors of a cell's brightness that noise does not explain (flat fields, colour terms, the stars' wings):
-#: what is assumed at first, and from what :func:`structure_error` chooses.
-STRUCTURE_ERROR = 0.005
-STRUCTURE_ERRORS = np.geomspace(0.001, 0.064, 13)
-#: The same where the sky is compared: stars count for less still.
-SKY_STRUCTURE_ERROR = 0.03
-#: A pair whose log ratio is known worse than this has too little structure: it is no gain edge.
-MAX_PAIR_SE = 0.25
-#: Fewest common cells for an overlap to count.
-MIN_CELLS = 12
+from zemosaic_deming import MIN_CELLS, SMOOTHED_VARIANCE, Overlap, fit_overlap, in_units, sky_means
+
 #: Most cells of one pair that enter its fit.
 MAX_CELLS = 3500
-#: Most steps of one iterative fit.
-MAX_STEPS = 12
-#: Tuning constant of Tukey's biweight for 95 % efficiency on Gaussian residuals.
-TUKEY = 4.685
-#: Kernel that smooths the cells before a gain is fitted (binomial, along each axis), the factor by which it lowers the
-#: variance of noise, and the number of cells that it correlates with one another.
-BINOMIAL = np.array([1.0, 2.0, 1.0]) / 4.0
-SMOOTHED_VARIANCE = float(np.sum(BINOMIAL**2)) ** 2
-CORRELATED_CELLS = 1.0 / SMOOTHED_VARIANCE
-#: First and second derivative along one axis, exact for polynomials of the fourth degree.
-FIRST = np.array([1.0, -8.0, 0.0, 8.0, -1.0]) / 12.0
-SECOND = np.array([-1.0, 16.0, -30.0, 16.0, -1.0]) / 12.0
-#: Expected sizes of the distortions of :func:`distortions`, in cells to the power of their order.
-EXPECTED_DISTORTION = np.array([0.1, 0.1, 0.2, 0.2, 0.1, 0.05])
+#: Relative differences of solid angle that are not worth a correction.
+NO_EXCESS = 5e-4
 
 
 @dataclass(frozen=True)
@@ -102,39 +76,6 @@ class PairRelation:
     mean_j: np.ndarray
     mean_se: np.ndarray
     step_before: np.ndarray
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Structure of both tiles in an overlap, (C, h, w), smoothed, and the variance (C,) of a smoothed cell.
-
-    ``used`` (h, w) marks the cells that enter the fit.
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-    used: np.ndarray
-    vx: np.ndarray
-    vy: np.ndarray
-
-
-@dataclass(frozen=True)
-class Fit:
-    """``y = ratio x + const`` after everything else, with units of the noise for what is marked (sigma).
-
-    ``ratio`` (C,) is g_b / g_a, ``theta`` (K,) the coefficients of the distortions; ``x`` and ``y`` (C, n) are the cells
-    with the distortions taken out, ``residual`` (sigma) that of y / ratio - x and ``structure`` (sigma) the best
-    estimate of what both show; ``scatter`` (C,) (sigma) is the robust scatter, ``weight`` (n,) belongs to the cells.
-    """
-
-    ratio: np.ndarray
-    theta: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    residual: np.ndarray
-    structure: np.ndarray
-    scatter: np.ndarray
-    weight: np.ndarray
 
 
 # ---------------------------------------------------------------------------------------------------- common cells
@@ -209,7 +150,8 @@ class PairsInPassing:
         """
         if len(self._hubs) < len(self._tiles):
             everything = overlapping_pairs(self._tiles, None)
-            if _groups(len(self._tiles), list(self._pending)) > _groups(len(self._tiles), everything):
+            apart, together = (connected_groups(len(self._tiles), p).max() for p in (list(self._pending), everything))
+            if apart > together:
                 for pair in everything:
                     self._measure(*pair)
         found = (self._pending[pair].result() for pair in sorted(self._pending))
@@ -228,10 +170,19 @@ def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) 
     return pairs
 
 
-def _groups(count: int, pairs: Sequence[tuple[int, int]]) -> int:
-    i, j = np.array(pairs, int).reshape(-1, 2).T
-    graph = sparse.coo_matrix((np.ones(len(i)), (i, j)), shape=(count, count))
-    return int(csgraph.connected_components(graph, directed=False)[0])
+def connected_groups(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Number (count,) of the group of each node that the pairs connect, in the order of their first nodes."""
+    i, j = np.asarray(pairs, int).reshape(-1, 2).T
+    label = np.arange(count)
+    while True:
+        low = np.minimum(label[i], label[j])
+        lower = label.copy()
+        np.minimum.at(lower, label[i], low)
+        np.minimum.at(lower, label[j], low)
+        lower = lower[lower]
+        if np.array_equal(lower, label):
+            return np.unique(label, return_inverse=True)[1]
+        label = lower
 
 
 def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:
@@ -266,312 +217,54 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. Where the tiles
     know the solid angle of their pixels, the stars of ``b`` are scaled by its ratio, the nebula is not.
     """
-    support = _along(both.astype(float), BINOMIAL)
-    support[support == 0] = 1.0
-    x, y = (
-        _along(np.where(both, means - tile.sky[:, None, None], 0.0).astype(float), BINOMIAL) / support
-        for means, tile in ((means_a, a), (means_b, b))
-    )
+    empty = None if both.all() else ~both
+    norm = 1.0 / np.maximum(binomial_sums(both[None], np.zeros(1), None), 1.0)
+    images = [binomial_sums(m, t.sky, empty) * norm for m, t in ((means_a, a), (means_b, b))]
+    down, across = thinning(both)
+    used = both[::down, ::across]
+    rows, columns = np.nonzero(used)
+    rows, columns = rows * down, columns * across
+    cells = rows * both.shape[1] + columns
+    x, y = (image.reshape(len(image), -1).take(cells, axis=1) for image in images)
     if a.area is not None and b.area is not None:
         (ya, xa), (yb, xb) = overlap_windows(a, b)
-        y = y + (np.where(both, a.area[ya, xa] / b.area[yb, xb], 1.0) - 1.0) * small_scale(y)
+        excess = a.area[ya, xa].ravel()[cells] / b.area[yb, xb].ravel()[cells] - 1.0
+        if (np.abs(excess) > NO_EXCESS).any():
+            y += excess * (y - local_means(images[1], rows, columns))
     vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
-    return Overlap(x, y, thinned(both), vx, vy)
+    return Overlap(*images, x, y, used, (down, across), vx, vy)
 
 
-def thinned(used: np.ndarray) -> np.ndarray:
-    """At most about :data:`MAX_CELLS` of the used cells, spread evenly."""
-    thin = int(np.ceil(np.count_nonzero(used) / MAX_CELLS))
+def thinning(both: np.ndarray) -> tuple[int, int]:
+    """Of how many rows and columns one is used, so that at most about :data:`MAX_CELLS` of the common cells are."""
+    thin = -(-np.count_nonzero(both) // MAX_CELLS)
     across = int(np.sqrt(thin))
     down = -(-thin // across)
-    every = np.zeros_like(used)
-    every[::down, ::across] = used[::down, ::across]
-    return every
+    return (down, across) if np.count_nonzero(both[::down, ::across]) >= MIN_CELLS else (1, 1)
 
 
-def small_scale(image: np.ndarray) -> np.ndarray:
-    """What stars add to an image (C, h, w) of cells: the image less its mean over 25 cells squared."""
-    return image - ndimage.uniform_filter(image, (0, 25, 25), mode="nearest")
+def binomial_sums(image: np.ndarray, sky: np.ndarray, empty: np.ndarray | None) -> np.ndarray:
+    """(1 2 1) along both axes over an image (C, h, w) less its sky, zero where ``empty`` (h, w) and beyond the edge."""
+    smooth = np.empty(image.shape)
+    padded = np.zeros((image.shape[1] + 2, image.shape[2] + 2))
+    inner = padded[1:-1, 1:-1]
+    for c, plane in enumerate(image):
+        np.subtract(plane, sky[c], out=inner)
+        if empty is not None:
+            np.copyto(inner, 0.0, where=empty)
+        rows = padded[:-1] + padded[1:]
+        rows = rows[:-1] + rows[1:]
+        columns = rows[:, :-1] + rows[:, 1:]
+        np.add(columns[:, :-1], columns[:, 1:], out=smooth[c])
+    return smooth
 
 
-def _along(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Correlate with a kernel along the last two axes, zeros beyond the edge."""
-    for axis in (-2, -1):
-        image = ndimage.correlate1d(image, kernel, axis=axis, mode="constant")
-    return image
-
-
-# ---------------------------------------------------------------------------------------------------------- fitting
-
-
-def fit_overlap(overlap: Overlap) -> tuple[Fit, np.ndarray]:
-    """The fit of one tile on the other and the standard errors (C,) of the log ratios.
-
-    The errors are infinite, all of them, where the tiles share no structure beyond their noise.
-    """
-    x, y = overlap.x[:, overlap.used], overlap.y[:, overlap.used]
-    unknown = np.full(len(x), np.inf)
-    nothing = without_structure(x, y)
-    ratio = initial_ratios(x, y, overlap.vx, overlap.vy)
-    if ratio is None:
-        return nothing, unknown
-    basis, columns, relative = np.ones((1, x.shape[1])), np.zeros((0, *x.shape)), STRUCTURE_ERROR
-    fit: Fit | None = replace(nothing, ratio=ratio)
-    for step in range(3):
-        fit = fit_ratios(overlap, basis, columns, fit, relative)
-        if fit is None:
-            return nothing, unknown
-        if step == 1:
-            relative = structure_error(fit)
-        if step < 2:
-            columns = distortions(overlap, fit.ratio)
-            # the next fit may explain what this one doubted
-            fit = replace(fit, weight=1 / (1 + np.mean((relative * fit.structure) ** 2, axis=0)))
-    if needs_plane(overlap, fit):
-        basis = np.concatenate([basis, plane_columns(overlap.used)])
-        fit = fit_ratios(overlap, basis, columns, fit, relative)
-        if fit is None:
-            return nothing, unknown
-    return fit, standard_errors(overlap, fit, without(columns, basis, fit.weight))
-
-
-def without_structure(x: np.ndarray, y: np.ndarray) -> Fit:
-    """What is known of an overlap that tells no ratio, and where every fit begins."""
-    one = np.ones(len(x))
-    return Fit(one, np.zeros(0), x, y, y - x, x, one * np.nan, np.ones(x.shape[1]))
-
-
-def structure_error(fit: Fit) -> float:
-    """The relative error of the structure that the residuals themselves speak for.
-
-    The likeliest of :data:`STRUCTURE_ERRORS` for residuals that follow a multivariate t distribution of 4 degrees of
-    freedom, which outliers do not disturb.
-    """
-    channels = len(fit.ratio)
-    u2, s2 = np.sum(fit.residual**2, axis=0), np.mean(fit.structure**2, axis=0)
-    own = max(1.0, float(np.mean(fit.scatter**2)))
-    costs = []
-    for relative in STRUCTURE_ERRORS:
-        variance = own + relative**2 * s2
-        costs.append(np.sum(channels * np.log(variance) + (4 + channels) * np.log1p(u2 / (4 * variance))))
-    return float(STRUCTURE_ERRORS[int(np.argmin(costs))])
-
-
-def initial_ratios(x: np.ndarray, y: np.ndarray, vx: np.ndarray, vy: np.ndarray) -> np.ndarray | None:
-    """Robust first guess of the slopes (C,) of y on x (C, n); None where they share no structure in some channel.
-
-    The correlation of n independent pairs of pure noise has a standard deviation of 1 / sqrt(n).
-    """
-    if x.shape[1] < MIN_CELLS:
-        return None
-    x, y = (t - np.median(t, axis=1, keepdims=True) for t in (x, y))
-    limits = [np.quantile(np.abs(t), 0.995, axis=1, keepdims=True) for t in (x, y)]
-    x, y = (np.clip(t, -limit, limit) for t, limit in zip((x, y), limits, strict=True))
-    sxx, syy, sxy = (np.mean(product, axis=1) for product in (x * x, y * y, x * y))
-    if (sxy <= 5 * np.sqrt(sxx * syy * CORRELATED_CELLS / x.shape[1])).any():
-        return None
-    return deming_slope(sxx, syy, sxy, vy / vx)
-
-
-def deming_slope(sxx: np.ndarray, syy: np.ndarray, sxy: np.ndarray, noise_ratio: np.ndarray) -> np.ndarray:
-    """Maximum-likelihood slope for errors on both axes; Deming (1943), Statistical Adjustment of Data, ch. 11."""
-    d = syy - noise_ratio * sxx
-    return (d + np.sqrt(d * d + 4 * noise_ratio * sxy * sxy)) / (2 * sxy)
-
-
-def distortions(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
-    """What a displacement and another width of the stars do to the common structure: columns (K, C, n).
-
-    The terms of the Taylor series of a convolution: both first derivatives, the three second ones (width, elongation)
-    and the Laplacian twice (the wings). The common structure is the inverse-variance mean of both tiles: its noise is
-    independent of that of their difference.
-    """
-    share = share_of_x(overlap, ratio)[:, None, None]
-    common = share * overlap.x + (1 - share) * overlap.y / ratio[:, None, None]
-    dy, dx = derivative(common, FIRST, -2), derivative(common, FIRST, -1)
-    dyy, dxx = derivative(common, SECOND, -2), derivative(common, SECOND, -1)
-    dxy = derivative(dy, FIRST, -1)
-    wings = derivative(dyy + dxx, SECOND, -2) + derivative(dyy + dxx, SECOND, -1)
-    return np.stack([t[:, overlap.used] for t in (dy, dx, dyy, dxx, dxy, wings)])
-
-
-def derivative(image: np.ndarray, stencil: np.ndarray, axis: int) -> np.ndarray:
-    """Derivative along an axis, in units of cells."""
-    return ndimage.correlate1d(image, stencil, axis=axis, mode="nearest")
-
-
-def share_of_x(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
-    """Weight (C,) of x in the inverse-variance mean of x and y / ratio."""
-    return overlap.vy / (overlap.vy + ratio**2 * overlap.vx)
-
-
-def fit_ratios(overlap: Overlap, basis: np.ndarray, columns: np.ndarray, start: Fit, relative: float) -> Fit | None:
-    """Errors-in-variables (Deming) fit with known noise ratio; None where a channel has no slope.
-
-    Iteratively reweighted with Tukey's biweight on the residuals in units of the noise and of the structure's own
-    relative error, against moved, saturated or variable sources. All channels share the weights: a star that is
-    doubted in one channel is doubted in all, or the channels would be tied to different stars, a colour error.
-
-    Parameters
-    ----------
-    basis : ndarray (m, n)
-        What may be added to any channel of any tile: a constant, perhaps a plane.
-    columns : ndarray (K, C, n)
-        Distortions whose coefficients all channels share.
-    start : Fit
-        First guess of the ratios, the coefficients and the weights.
-    """
-    x, y = overlap.x[:, overlap.used], overlap.y[:, overlap.used]
-    ratio, weight = start.ratio, start.weight
-    theta = start.theta if len(start.theta) == len(columns) else np.zeros(len(columns))
-    for _ in range(MAX_STEPS):
-        previous = ratio
-        half = 0.5 * np.tensordot(theta, columns, 1)
-        same_x, same_y = x + half, y - ratio[:, None] * half
-        px, py = without(same_x, basis, weight), without(same_y, basis, weight)
-        sxy = (px * py) @ weight
-        if (sxy <= 0).any():
-            return None
-        ratio = deming_slope((px * px) @ weight, (py * py) @ weight, sxy, overlap.vy / overlap.vx)
-        sigma = noise_of_difference(overlap, ratio)
-        residual = py / ratio[:, None] - px
-        structure = (px + (1 - share_of_x(overlap, ratio))[:, None] * residual) / sigma
-        residual = residual / sigma
-        scatter = 1.4826 * np.median(np.abs(residual), axis=1)
-        if len(theta):
-            projected = without(columns, basis, weight) / sigma
-            pull = projected.reshape(len(theta), -1) @ (residual * weight).ravel() - prior_information() * theta
-            theta = theta + inverse_information(structure, projected, weight)[len(x) :, len(x) :] @ pull
-        weight = shared_weights(residual, structure, scatter, relative)
-        # without the distortions the fit is a first guess
-        if np.max(np.abs(ratio / previous - 1)) < (1e-5 if len(columns) else 1e-3):
-            break
-    return Fit(ratio, theta, same_x, same_y, residual, structure, np.maximum(scatter, 1.0), weight)
-
-
-def noise_of_difference(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
-    """Standard deviation (C, 1) that noise gives to y / ratio - x."""
-    return np.sqrt(overlap.vx + overlap.vy / ratio**2)[:, None]
-
-
-def prior_information() -> np.ndarray:
-    """Diagonal (K,) of the information that :data:`EXPECTED_DISTORTION` stands for."""
-    return CORRELATED_CELLS / EXPECTED_DISTORTION**2
-
-
-def inverse_information(structure: np.ndarray, columns: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Inverse (C + K, C + K) of the information on each channel's log ratio and on each shared coefficient.
-
-    ``structure`` (C, n) and ``columns`` (K, C, n) are in units of the noise. The prior makes it positive definite.
-    """
-    channels, shared = len(structure), len(columns)
-    information = np.zeros((channels + shared, channels + shared))
-    information[:channels, :channels] = np.diag((structure * structure) @ weight)
-    if shared:
-        weighted = columns * weight
-        across = np.sum(weighted * structure, axis=2)
-        information[channels:, :channels] = across
-        information[:channels, channels:] = across.T
-        flat = columns.reshape(shared, -1)
-        information[channels:, channels:] = weighted.reshape(shared, -1) @ flat.T + np.diag(prior_information())
-    return np.linalg.inv(information)
-
-
-def without(values: np.ndarray, basis: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Values (..., n) less their weighted least-squares fit by the basis (m, n)."""
-    weighted = basis * weight
-    gram = weighted @ basis.T
-    # the ridge keeps a plane over a single row of cells solvable
-    gram[np.diag_indices_from(gram)] += 1e-12 * np.trace(gram) + 1e-300
-    return values - (values @ weighted.T) @ np.linalg.inv(gram) @ basis
-
-
-def shared_weights(residual: np.ndarray, structure: np.ndarray, scatter: np.ndarray, relative: float) -> np.ndarray:
-    """Weight (n,) of each cell from residuals and structure (C, n) in units of the noise, and the structure's error."""
-    variance = max(1.0, float(np.mean(scatter**2))) + np.mean((relative * structure) ** 2, axis=0)
-    u2 = np.mean(residual**2, axis=0) / variance / TUKEY**2
-    return np.where(u2 < 1, (1 - u2) ** 2, 0.0) / variance
-
-
-def standard_errors(overlap: Overlap, fit: Fit, columns: np.ndarray) -> np.ndarray:
-    """Standard error (C,) of each log ratio: sandwich estimate, correlated neighbours and shared terms included."""
-    channels = len(fit.ratio)
-    columns = columns / noise_of_difference(overlap, fit.ratio)
-    inverse = inverse_information(fit.structure, columns, fit.weight)
-    pull = fit.residual * fit.weight
-    scores = np.concatenate([fit.structure * pull, np.sum(columns * pull, axis=1)])
-    leverage = star_leverage(fit.weight * fit.structure**2, overlap.used)
-    out = np.full(channels, np.inf)
-    for c, influence in enumerate(inverse[:channels] @ scores):
-        error = clustered_deviation(influence / (1 - leverage[c]), overlap.used)
-        out[c] = error if error < MAX_PAIR_SE else np.inf
-    return out
-
-
-def star_leverage(information: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Share (C, n) of the information (C, n) that lies within two cells, at most 0.8.
-
-    A star that decides the fit leaves no residual: residuals over 1 - leverage are those of a fit without it (the
-    jackknife; MacKinnon & White 1985).
-    """
-    image = np.zeros((len(information), *used.shape))
-    image[:, used] = information / np.maximum(information.sum(axis=1, keepdims=True), 1e-300)
-    return np.minimum(_along(image, np.ones(5))[:, used], 0.8)
-
-
-def sky_means(overlap: Overlap, fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Robust means (C,) of x and of y over the same cells, and the standard error of the difference in units of x.
-
-    Bright cells, where an error of the gain or of the stars' shape speaks, count for less.
-    """
-    sigma = noise_of_difference(overlap, fit.ratio)
-    structure = 0.5 * (fit.x + fit.y / fit.ratio[:, None])
-    structure = (structure - np.median(structure, axis=1, keepdims=True)) / sigma
-    difference = (fit.y / fit.ratio[:, None] - fit.x) / sigma
-    centre = np.median(difference, axis=1, keepdims=True)
-    for _ in range(10):
-        scatter = 1.4826 * np.median(np.abs(difference - centre), axis=1)
-        weight = shared_weights(difference - centre, structure, scatter, SKY_STRUCTURE_ERROR)
-        previous, centre = centre, (difference @ weight / np.sum(weight))[:, None]
-        if np.max(np.abs(centre - previous)) < 1e-6:
-            break
-    total = np.sum(weight)
-    error = [clustered_deviation(weight * row, overlap.used) for row in sigma * (difference - centre)]
-    return fit.x @ weight / total, fit.y @ weight / total, np.maximum(np.array(error) / total, 1e-3 * sigma[:, 0])
-
-
-def clustered_deviation(influence: np.ndarray, used: np.ndarray) -> float:
-    """Standard deviation of the sum of influences (n,) whose neighbours are correlated (smoothing, debayering).
-
-    The sum of products over all pairs of cells less than five cells apart, tapered (Newey & West 1987) so that it
-    cannot be negative.
-    """
-    image = np.zeros(used.shape)
-    image[used] = influence
-    taper = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 4.0, 3.0, 2.0, 1.0]) / 5.0
-    near = _along(image, taper)
-    return float(np.sqrt(max(np.sum(image * near), np.sum(influence**2))))
-
-
-def plane_columns(used: np.ndarray) -> np.ndarray:
-    """Two slopes (2, n) over the used cells, zero in the middle."""
-    rows, columns = np.nonzero(used)
-    return np.stack([rows / used.shape[0] - 0.5, columns / used.shape[1] - 0.5])
-
-
-def needs_plane(overlap: Overlap, fit: Fit) -> bool:
-    """Whether the residuals show a plane, all channels together.
-
-    The improvement of chi square by a column of pure noise is about 1, times the cells that smoothing correlates.
-    """
-    root = np.sqrt(fit.weight)
-    columns = without(plane_columns(overlap.used), np.ones((1, len(root))), fit.weight) * root
-    basis = np.linalg.qr(columns.T)[0]
-    gain = float(np.sum(((fit.residual * root) @ basis) ** 2))
-    degrees = basis.shape[1] * len(fit.ratio)
-    return gain > CORRELATED_CELLS * (degrees + 5 * np.sqrt(2 * degrees))
-
-
-def in_units(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """value / scale, 0 where the scale is 0."""
-    return np.divide(value, scale, out=np.zeros_like(value, dtype=float), where=scale > 0)
+def local_means(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Means (C, n) of an image (C, h, w) over the 25 cells squared about some cells, as far as they lie within it."""
+    channels, height, width = image.shape
+    sums = np.zeros((channels, height + 1, width + 1))
+    np.cumsum(np.cumsum(image, axis=1), axis=2, out=sums[:, 1:, 1:])
+    top, bottom = np.maximum(rows - 12, 0), np.minimum(rows + 13, height)
+    left, right = np.maximum(columns - 12, 0), np.minimum(columns + 13, width)
+    total = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]
+    return total / ((bottom - top) * (right - left))

@@ -29,15 +29,14 @@ gain 1. The absolute scale is the geometric mean of the tiles' own, the absolute
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
-from scipy import sparse
-from scipy.sparse import csgraph
-from scipy.sparse.linalg import splu
 
-from zemosaic_pairs import CoarseTile, PairRelation, in_units, measure_pairs
+from zemosaic_deming import in_units
+from zemosaic_pairs import CoarseTile, PairRelation, connected_groups, measure_pairs
 
 #: Pixels that :func:`apply_photometric_normalization` works on at a time.
 NORMALISED_AT_ONCE = 1 << 17
@@ -47,6 +46,8 @@ LOG_RATIO_FLOOR = 3e-4
 LOG_GAIN_PRIOR = 3.0
 #: Steps of the global solve with Huber's weights, before Cauchy's.
 HUBER_STEPS = 5
+#: Most tiles whose equations are solved as a full matrix.
+DENSE_TILES = 150
 #: Gains beyond this factor from their component's mean are not believed.
 SANE_GAIN = 100.0
 
@@ -256,10 +257,7 @@ def _solve(
 
 def components(count: int, pairs: Sequence[PairRelation]) -> np.ndarray:
     """Number of the connected group of each tile, the largest group being 0."""
-    i = [p.i for p in pairs]
-    j = [p.j for p in pairs]
-    graph = sparse.coo_matrix((np.ones(len(i)), (i, j)), shape=(count, count))
-    labels = csgraph.connected_components(graph, directed=False)[1]
+    labels = connected_groups(count, [(p.i, p.j) for p in pairs])
     order = np.argsort(-np.bincount(labels), kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
@@ -354,39 +352,48 @@ def solve_differences(
     x, standard_error : ndarray (count,)
     """
     i, j = np.asarray(i, int), np.asarray(j, int)
-    groups = int(group.max()) + 1
-    incidence = sparse.coo_matrix(
-        (
-            np.concatenate([np.ones(len(i)), -np.ones(len(j))]),
-            (np.tile(np.arange(len(i)), 2), np.concatenate([i, j])),
-        ),
-        shape=(len(i), count),
-    ).tocsr()
-    gauge = sparse.coo_matrix((np.ones(count), (group, np.arange(count))), shape=(groups, count)).tocsr()
     scale = float(np.median(sigma)) if len(sigma) else 1.0
     # a tiny ridge keeps tiles without any edge solvable; with edges the prior is felt in the ninth digit or not at all
-    ridge = sparse.identity(count) * max((scale / prior) ** 2, 1e-12)
+    ridge = max((scale / prior) ** 2, 1e-12)
     weight = (scale / sigma) ** 2
     robust = np.ones(len(i))
     x = np.zeros(count)
     for step in range(20):
-        normal = incidence.T @ sparse.diags(weight * robust) @ incidence + ridge
-        factor = splu(sparse.bmat([[normal, gauge.T], [gauge, None]], format="csc"))
-        right = np.concatenate([incidence.T @ (weight * robust * difference), np.zeros(groups)])
-        previous, x = x, factor.solve(right)[:count]
+        pull = weight * robust * difference
+        right = np.bincount(i, pull, count) - np.bincount(j, pull, count)
+        solve = bordered_solver(i, j, weight * robust, ridge, group)
+        previous, x = x, solve(right[:, None])[:, 0]
         if not len(i):
             break
-        u = np.abs(difference - incidence @ x) / sigma
+        u = np.abs(difference - x[i] + x[j]) / sigma
         # pairs agree worse than they say in real data: what counts as an outlier is relative to the typical pair
         u = u / (3.0 * max(1.0, 1.4826 * float(np.median(u))))
         robust = 1 / np.maximum(u, 1.0) if step < HUBER_STEPS else 1 / (1 + u * u)
         if step > HUBER_STEPS and np.max(np.abs(x - previous)) < 1e-3 * scale / np.sqrt(count):
             break
-    unit = np.zeros((count + groups, count))
-    unit[:count] = np.eye(count)
-    variance = np.diag(factor.solve(unit)[:count])
-    spread = max(1.0, 1.4826 * float(np.median(np.abs(difference - incidence @ x) / sigma))) if len(i) > count else 1.0
+    variance = np.diag(solve(np.eye(count)))
+    spread = max(1.0, 1.4826 * float(np.median(np.abs(difference - x[i] + x[j]) / sigma))) if len(i) > count else 1.0
     return x, scale * spread * np.sqrt(np.maximum(variance, 0.0))
+
+
+def bordered_solver(
+    i: np.ndarray, j: np.ndarray, weight: np.ndarray, ridge: float, group: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What solves the normal equations of weighted differences for right sides (count, m), each group's sum being 0."""
+    count, groups = len(group), int(group.max()) + 1
+    size, every = count + groups, np.arange(count)
+    rows = np.concatenate([i, j, i, j, every, every, count + group])
+    columns = np.concatenate([i, j, j, i, every, count + group, every])
+    values = np.concatenate([weight, weight, -weight, -weight, np.full(count, ridge), np.ones(2 * count)])
+    if count <= DENSE_TILES:
+        matrix = np.bincount(rows * size + columns, values, size * size).reshape(size, size)
+        solver = partial(np.linalg.solve, matrix)
+    else:
+        from scipy.sparse import csc_matrix
+        from scipy.sparse.linalg import splu
+
+        solver = splu(csc_matrix((values, (rows, columns)), shape=(size, size))).solve
+    return lambda right: solver(np.concatenate([right, np.zeros((groups, right.shape[1]))]))[:count]
 
 
 def solve_offsets(

@@ -16,7 +16,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from zemosaic_backend import CpuBackend
 from zemosaic_fits import Tile
@@ -70,7 +69,9 @@ def winsorized_spread(low: float, high: float) -> float:
     variance = 1.0
     for fraction in (low, high):
         if fraction > 0:
-            z = -special.ndtri(fraction)
+            from scipy.special import ndtri
+
+            z = -ndtri(fraction)
             density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
             # beyond z lie the second moment z * density + fraction, and after drawing in z^2 * fraction
             variance += z * z * fraction - (z * density + fraction)
@@ -299,7 +300,7 @@ def _layered_block(
         "first": how.FIRST,
         "last": how.LAST,
     }
-    values = backend.zeros((layers, channels, *shape))
+    values = backend.scratch((layers, channels, *shape))  # read only where there is a weight
     weights = backend.zeros((layers, *shape))
     for n, found in enumerate(parts):
         if found is not None:

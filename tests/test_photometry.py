@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -10,8 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from zemosaic_pairs import PairsInPassing, fit_overlap, make_overlap
+import zemosaic_photometry
+from zemosaic_deming import clustered_deviation, fit_overlap
+from zemosaic_pairs import PairsInPassing, connected_groups, make_overlap
 from zemosaic_photometry import (
     CoarseTile,
     PairRelation,
@@ -190,7 +196,23 @@ def test_thousands_of_cells_are_thinned_and_fast():
     assert np.abs(np.log(fit.ratio * 1.2) / error).max() < 5
     start = time.perf_counter()
     fit_overlap(overlap)
-    assert time.perf_counter() - start < 0.5  # benchmarks: about 0.02
+    assert time.perf_counter() - start < 0.5  # benchmarks: about 0.004
+
+
+def test_neighbours_of_thinned_cells_are_counted_by_their_distance():
+    """Against the sum over all pairs of cells."""
+    sky = sky_cells((90, 130))
+    sky[:, 40:50, 60:] = np.nan
+    a, b = coarse(sky, (0, 90, 0, 130), seed=1), coarse(sky, (0, 90, 0, 130), seed=2)
+    both = np.isfinite(a.means).all(axis=0)
+    overlap = make_overlap(*(replace(t, sky=np.full(3, 1000.0)) for t in (a, b)), a.means, b.means, both)
+    assert overlap.step == (2, 2)
+    rows, columns = np.nonzero(overlap.used) * np.array([[2], [2]])
+    assert both[rows, columns].all()
+    taper = [np.maximum(1 - np.abs(t[:, None] - t) / 5, 0) for t in (rows, columns)]
+    influence = np.random.default_rng(1).normal(size=(2, len(rows))) + 0.3
+    expected = np.sqrt(np.einsum("ci,ij,cj->c", influence, taper[0] * taper[1], influence))
+    assert clustered_deviation(influence, overlap) == pytest.approx(expected)
 
 
 # --------------------------------------------------------------------------------------------------- the whole set
@@ -380,6 +402,30 @@ def test_many_pairs_solve_quickly_and_right():
     assert time.perf_counter() - start < 5  # benchmarks/photometry.py: 0.6
     error = np.log(solution.gain) - (truth - truth.mean(axis=0))
     assert np.sqrt(np.mean(error**2)) < 2 * 0.005 / np.sqrt(65)
+
+
+def test_many_tiles_are_solved_as_few(monkeypatch):
+    """The full and the sparse solver find the same."""
+    tiles, *_ = tile_grid(2)
+    full = compute_photometric_gains_and_offsets(tiles)
+    monkeypatch.setattr(zemosaic_photometry, "DENSE_TILES", 0)
+    sparse = compute_photometric_gains_and_offsets(tiles)
+    for name in ("gain", "gain_se", "level", "offset_se"):
+        assert getattr(sparse, name) == pytest.approx(getattr(full, name), rel=1e-7, abs=1e-7)
+
+
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40))
+def test_connected_groups_are_scipys(count, pairs):
+    pairs = [(i % count, j % count) for i, j in pairs]
+    graph = coo_array((np.ones(len(pairs)), np.array(pairs, int).reshape(-1, 2).T), shape=(count, count))
+    expected = connected_components(graph, directed=False)[1]
+    assert connected_groups(count, pairs).tolist() == expected.tolist()
+
+
+def test_the_model_is_at_hand_without_scipy():
+    """Which takes a fifth of a second to import."""
+    code = "import sys, zemosaic_mosaic; sys.exit(any(name.startswith('scipy') for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_identity_solution_changes_nothing():
