@@ -105,10 +105,10 @@ class CpuBackend:
         self._kernel("combine_layers")(values, weights, method, *options, out)
 
     def _kernel(self, name: str) -> Callable:
-        import zemosaic_combine
+        import zemosaic_combine_loops
         import zemosaic_loops
 
-        kernel = getattr(zemosaic_combine if name == "combine_layers" else zemosaic_loops, name)
+        kernel = getattr(zemosaic_combine_loops if name == "combine_layers" else zemosaic_loops, name)
         return kernel if self._compiled else kernel.py_func
 
     def free_bytes(self, fraction: float) -> int | None:

@@ -54,15 +54,14 @@ def pad_strip(rows, first, height, y0, out):
     missing = 0
     for j in range(out.shape[0]):
         source = rows[_mirror(y0 + j - MARGIN, height) - first]
-        target = out[j]
-        target[MARGIN : MARGIN + width] = source
-        for i in range(MARGIN):
-            target[i] = source[_mirror(i - MARGIN, width)]
-            target[MARGIN + width + i] = source[_mirror(width + i, width)]
-        for i in range(target.size):
-            finite = abs(target[i]) < np.inf
-            target[i] = target[i] if finite else _NAN
+        target = out[j, MARGIN:]
+        for i in range(width):  # loops, not slices: these take the compiler a second
+            finite = abs(source[i]) < np.inf
+            target[i] = source[i] if finite else _NAN
             missing += not finite
+        for i in range(MARGIN):
+            out[j, i] = target[_mirror(i - MARGIN, width)]
+            target[width + i] = target[_mirror(width + i, width)]
     return missing > 0
 
 
@@ -78,7 +77,7 @@ def _mirror(index, length):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def repair(strip, sigma, floor):
+def repair(strip, sigma, floor, out):
     """Replace hot, dead and missing pixels by the median of their eight neighbours of the same colour.
 
     A pixel is *defective* where it
@@ -105,57 +104,92 @@ def repair(strip, sigma, floor):
         Threshold in sigma; 0 repairs NaN only.
     floor : float32
         The local noise is taken as not less than this (the rounding of stored integers).
-
-    Returns
-    -------
-    float32, same shape
+    out : float32, shape of `strip`
         Repaired but for the outermost 4 pixels.
     """
-    out = strip.copy()
+    for y in range(strip.shape[0]):
+        for x in range(strip.shape[1]):
+            out[y, x] = strip[y, x]
     width = strip.shape[1]
-    flags = np.zeros(width, np.bool_)
+    pairs = np.empty((4, width), np.float32)
+    flags = np.zeros(-(-width // 8) * 8, np.bool_)
+    eights = flags.view(np.uint64)
     reach = np.float32(0.3) * sigma  # the range is 1.7 sigma on average, seldom above 3.3
     for y in range(4, strip.shape[0] - 4):
-        _suspects(strip[y - 2], strip[y], strip[y + 2], reach, sigma > 0, flags)
-        for x in range(4, width - 4):
-            if flags[x]:
-                _judge(strip, y, x, sigma, floor, out)
-    return out
+        _pairs(strip[y - 2], strip[y + 2], pairs)
+        _suspects(strip[y], pairs, reach, sigma > 0, flags)
+        for k in range(eights.size):
+            if eights[k]:  # most pixels are passed over eight at a time
+                for x in range(8 * k, 8 * k + 8):
+                    if flags[x]:
+                        _judge(strip, y, x + 4, sigma, floor, out)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _two_highest(value, first, second):
-    """The two highest numbers with one more; NaN is passed over."""
-    lower = first if value > first else value
-    return (value if value > first else first), (lower if lower > second else second)
+def _lower(a, b):
+    """The lower one of two numbers; the second one beside a NaN, which is one instruction of the processor."""
+    return a if a < b else b
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _suspects(above, here, below, reach, all_of_them, flags):
-    """Flag NaN, and pixels that lie beyond the inner six of their 8 neighbours by `reach` times the range of these.
+def _higher(a, b):
+    return b if a < b else a
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _pairs(above, below, pairs):
+    """Fill `pairs` (4, W) with the lower and the higher one of two rows without NaN, which is passed over.
+
+    The first two rows are for a search for low numbers, where NaN is infinity, the others for high ones.
+    """
+    low, low_2, high_2, high = pairs[0], pairs[1], pairs[2], pairs[3]
+    for x in range(above.size):
+        a, b = above[x], below[x]
+        c, d = (a if a == a else -_NONE), (b if b == b else -_NONE)
+        low[x], low_2[x] = _lower(c, d), _higher(c, d)
+        c, d = (a if a == a else _NONE), (b if b == b else _NONE)
+        high_2[x], high[x] = _lower(c, d), _higher(c, d)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _second_lowest(a, a2, b, b2, c, c2, d, d2):
+    """Second lowest number of four pairs, the lower one first."""
+    second_ab = _lower(_higher(a, b), _lower(a2, b2))
+    second_cd = _lower(_higher(c, d), _lower(c2, d2))
+    return _lower(_higher(_lower(a, b), _lower(c, d)), _lower(second_ab, second_cd))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _second_highest(a, a2, b, b2, c, c2, d, d2):
+    """Second highest number of four pairs, the higher one first."""
+    second_ab = _higher(_lower(a, b), _higher(a2, b2))
+    second_cd = _higher(_lower(c, d), _higher(c2, d2))
+    return _higher(_lower(_higher(a, b), _higher(c, d)), _higher(second_ab, second_cd))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _suspects(here, pairs, reach, all_of_them, flags):
+    """Flag, from column 4 on, NaN and pixels that lie beyond the inner six of their 8 neighbours by `reach` times the range of these.
 
     Cheap, with no branch in the loop; with 8 sigma a normal pixel in 150 is flagged, a defect nearly always.
     """
-    for x in range(4, here.size - 4):
-        value = here[x]
-        h1, h2 = _two_highest(above[x - 2], _NONE, _NONE)
-        h1, h2 = _two_highest(above[x], h1, h2)
-        h1, h2 = _two_highest(above[x + 2], h1, h2)
-        h1, h2 = _two_highest(here[x - 2], h1, h2)
-        h1, h2 = _two_highest(here[x + 2], h1, h2)
-        h1, h2 = _two_highest(below[x - 2], h1, h2)
-        h1, h2 = _two_highest(below[x], h1, h2)
-        h1, h2 = _two_highest(below[x + 2], h1, h2)
-        l1, l2 = _two_highest(-above[x - 2], _NONE, _NONE)
-        l1, l2 = _two_highest(-above[x], l1, l2)
-        l1, l2 = _two_highest(-above[x + 2], l1, l2)
-        l1, l2 = _two_highest(-here[x - 2], l1, l2)
-        l1, l2 = _two_highest(-here[x + 2], l1, l2)
-        l1, l2 = _two_highest(-below[x - 2], l1, l2)
-        l1, l2 = _two_highest(-below[x], l1, l2)
-        l1, l2 = _two_highest(-below[x + 2], l1, l2)
-        limit = reach * (h2 + l2)
-        flags[x] = (value != value) | (all_of_them & ((value - h2 > limit) | (-l2 - value > limit)))
+    # views that start at the same column, so that the compiler sees plain arrays: nine times faster
+    left, centre, right = here[2:], here[4:], here[6:]
+    low, low_2, high_2, high = pairs[0, 2:], pairs[1, 2:], pairs[2, 2:], pairs[3, 2:]
+    mid_low, mid_low_2, mid_high_2, mid_high = low[2:], low_2[2:], high_2[2:], high[2:]
+    end_low, end_low_2, end_high_2, end_high = low[4:], low_2[4:], high_2[4:], high[4:]
+    for x in range(here.size - 8):
+        value, a, b = centre[x], left[x], right[x]
+        c, d = (a if a == a else -_NONE), (b if b == b else -_NONE)
+        bottom = _second_lowest(
+            low[x], low_2[x], mid_low[x], mid_low_2[x], end_low[x], end_low_2[x], _lower(c, d), _higher(c, d)
+        )
+        c, d = (a if a == a else _NONE), (b if b == b else _NONE)
+        top = _second_highest(
+            high[x], high_2[x], mid_high[x], mid_high_2[x], end_high[x], end_high_2[x], _higher(c, d), _lower(c, d)
+        )
+        limit = reach * (top - bottom)
+        flags[x] = (value != value) | (all_of_them & ((value - top > limit) | (bottom - value > limit)))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -185,6 +219,21 @@ def _middle(found, n):
 @njit(nogil=True, cache=True, error_model="numpy")
 def _judge(strip, y, x, sigma, floor, out):
     """Write a pixel's repaired value into `out` where it is defective."""
+    middle, low, high, spread = _neighbours(strip, y, x)
+    value = strip[y, x]
+    if value != value or spread != spread:
+        _judge_by_sorting(strip, y, x, sigma, floor, out)
+        return
+    excess = value - middle
+    beyond = high - middle if excess > 0 else middle - low
+    noise = max(spread / _SPREAD_24, floor)
+    if abs(excess) > sigma * noise + beyond and _is_alone(strip, y, x, excess):
+        out[y, x] = middle
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _judge_by_sorting(strip, y, x, sigma, floor, out):
+    """Do what `_judge` does for any pixel, also one that is NaN or has NaN among its neighbours."""
     found = np.empty(24, np.float32)
     n = _gather(strip, y, x, 2, found)
     if n < _ENOUGH:
@@ -198,26 +247,108 @@ def _judge(strip, y, x, sigma, floor, out):
     n = _gather(strip, y, x, 4, found)
     cut = n // 6
     noise = max((found[n - 1 - cut] - found[cut]) / _SPREAD_24, floor)
-    if abs(excess) > sigma * noise + beyond and _is_alone(strip, y, x, excess, found):
+    if abs(excess) > sigma * noise + beyond and _is_alone(strip, y, x, excess):
         out[y, x] = middle
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _is_alone(strip, y, x, excess, found):
+def _neighbours(strip, y, x):
+    """Median, second lowest and second highest of 8 neighbours; spread of the inner 16 of 24, NaN where one is NaN."""
+    a, b, c, d, e = strip[y - 4], strip[y - 2], strip[y], strip[y + 2], strip[y + 4]
+    near, missing = _sorted(b[x - 2], b[x], b[x + 2], c[x - 2], c[x + 2], d[x - 2], d[x], d[x + 2])
+    far, missing_far = _sorted(a[x - 4], a[x - 2], a[x], a[x + 2], a[x + 4], b[x - 4], b[x + 4], c[x - 4])
+    rest, missing_rest = _sorted(c[x + 4], d[x - 4], d[x + 4], e[x - 4], e[x - 2], e[x], e[x + 2], e[x + 4])
+    spread = -_fifth_lowest(_negative(near), _negative(far), _negative(rest)) - _fifth_lowest(near, far, rest)
+    spread = _NAN if missing or missing_far or missing_rest else spread
+    return (near[3] + near[4]) * _HALF, near[1], near[6], spread
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _sorted(a, b, c, d, e, f, g, h):
+    """Eight numbers in order, by a network of 19 exchanges (Batcher's), and whether one is NaN, when they are not."""
+    total = ((a + b) + (c + d)) + ((e + f) + (g + h))
+    a, c = _ordered(a, c)
+    b, d = _ordered(b, d)
+    e, g = _ordered(e, g)
+    f, h = _ordered(f, h)
+    a, e = _ordered(a, e)
+    b, f = _ordered(b, f)
+    c, g = _ordered(c, g)
+    d, h = _ordered(d, h)
+    a, b = _ordered(a, b)
+    c, d = _ordered(c, d)
+    e, f = _ordered(e, f)
+    g, h = _ordered(g, h)
+    c, e = _ordered(c, e)
+    d, f = _ordered(d, f)
+    b, e = _ordered(b, e)
+    d, g = _ordered(d, g)
+    b, c = _ordered(b, c)
+    d, e = _ordered(d, e)
+    f, g = _ordered(f, g)
+    return (a, b, c, d, e, f, g, h), total != total
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _ordered(a, b):
+    return _lower(a, b), _higher(a, b)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _negative(a):
+    """The negative of eight numbers, the last first."""
+    return -a[7], -a[6], -a[5], -a[4], -a[3], -a[2], -a[1], -a[0]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _fifth_lowest(one, two, three):
+    """Fifth lowest number of three rows of numbers in order."""
+    # the five lowest of two rows, of which the fifth lowest of one bars the way to the second's first, and so on
+    a = _lower(one[0], two[4])
+    b = _lower(one[1], two[3])
+    c = _lower(one[2], two[2])
+    d = _lower(one[3], two[1])
+    e = _lower(one[4], two[0])
+    a, d = _ordered(a, d)
+    b, e = _ordered(b, e)
+    a, c = _ordered(a, c)
+    b, d = _ordered(b, d)
+    a, b = _ordered(a, b)
+    c, e = _ordered(c, e)
+    b, c = _ordered(b, c)
+    d, e = _ordered(d, e)
+    c, d = _ordered(c, d)
+    ab = _higher(_lower(a, three[4]), _lower(b, three[3]))
+    cd = _higher(_lower(c, three[2]), _lower(d, three[1]))
+    return _higher(_higher(ab, cd), _lower(e, three[0]))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _is_alone(strip, y, x, excess):
     """Whether the pixels around a pixel do not stand out as it does."""
     sign = np.float32(1) if excess > 0 else np.float32(-1)
     total, largest = np.float32(0), _NONE
     for dy in range(-1, 2):
         for dx in range(-1, 2):
-            value = strip[y + dy, x + dx]
-            if (dy == 0 and dx == 0) or value != value:
+            if dy == 0 and dx == 0:
                 continue
-            n = _gather(strip, y + dy, x + dx, 2, found)
-            if n > 0:
-                value = sign * (value - _middle(found, n))
+            value = sign * _excess(strip, y + dy, x + dx)
+            if value == value:
                 total += value
                 largest = max(largest, value)
     return total - max(largest, np.float32(0)) < STAR_FRACTION * abs(excess)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _excess(strip, y, x):
+    """Excess of a pixel over the median of its 8 neighbours as far as they are valid; NaN where it, or none of them is."""
+    a, b, c = strip[y - 2], strip[y], strip[y + 2]
+    near, missing = _sorted(a[x - 2], a[x], a[x + 2], b[x - 2], b[x + 2], c[x - 2], c[x], c[x + 2])
+    if not missing:
+        return b[x] - (near[3] + near[4]) * _HALF
+    found = np.empty(8, np.float32)
+    n = _gather(strip, y, x, 2, found)
+    return b[x] - _middle(found, n) if n else _NAN
 
 
 # --------------------------------------------------------------------------------------------------- debayering

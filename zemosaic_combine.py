@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
 MEAN = 0
@@ -22,9 +21,9 @@ FIRST = 6
 LAST = 7
 WINSORIZED_CLIP = 8
 LINEAR_FIT_CLIP = 9
+#: These take one sample of each pixel, and its weight.
+TAKE_ONE = (MINIMUM, MAXIMUM, FIRST, LAST)
 
-#: Pixels combined at a time on the CPU: few enough that all their samples lie near the processor.
-AT_ONCE = 64
 #: Slope of a straight line through the middle half of sorted Gaussian samples, sigma per unit of relative rank:
 #: the least-squares line through the normal quantile function from 1/4 to 3/4.
 SLOPE_OF_SIGMA = 2.61624
@@ -193,10 +192,6 @@ def combine_sorted(values, weights, n, y, x, channel, method, kappa_low, kappa_h
     """Combined value of ``n`` > 0 sorted samples of one channel of one pixel."""
     lowest = np.float64(values[0, channel, y, x])
     highest = np.float64(values[n - 1, channel, y, x])
-    if method == MINIMUM:
-        return lowest
-    if method == MAXIMUM:
-        return highest
     if method == MEDIAN:
         return quantile(values, 0, n, y, x, channel, 0.5)
     if method == MEAN:
@@ -228,42 +223,23 @@ def sum_of_weights(weights, y, x, channel):
 
 
 @register_jitable
-def extreme_weight(values, weights, n, y, x, channel, method):
-    """Weight of the smallest or largest of ``n`` sorted samples; of equal ones, that of the first layer."""
-    k = 0
-    if method == MAXIMUM:
-        k = n - 1
-        while k > 0 and values[k - 1, channel, y, x] == values[k, channel, y, x]:
-            k -= 1
-    return np.float64(weights[k, channel, y, x])
-
-
-@register_jitable
-def first_or_last(values, weights, y, x, channel, method):
-    """Value and weight of the first or last layer with data; NaN and 0 without."""
+def taken(values, weights, y, x, channel, method):
+    """Value and weight of the one sample that is taken, of equal ones the first layer's; NaN and 0 without data."""
     value = np.nan
     weight = 0.0
     for k in range(values.shape[0]):
         if weights[k, channel, y, x] > 0.0:
-            value = np.float64(values[k, channel, y, x])
-            weight = np.float64(weights[k, channel, y, x])
-            if method == FIRST:
-                break
+            new = np.float64(values[k, channel, y, x])
+            better = (
+                weight == 0.0
+                or method == LAST
+                or (method == MINIMUM and new < value)
+                or (method == MAXIMUM and new > value)
+            )
+            if better:
+                value = new
+                weight = np.float64(weights[k, channel, y, x])
     return value, weight
-
-
-@register_jitable
-def sorted_result(
-    values, weights, n, total, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high, out
-):  # fmt: skip
-    """Combine the ``n`` sorted samples of one channel of one pixel, whose weights sum up to ``total``."""
-    if n == 0:
-        store(np.nan, 0.0, y, x, channel, out, values.shape[1])
-        return
-    value = combine_sorted(values, weights, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high)
-    if method == MINIMUM or method == MAXIMUM:
-        total = extreme_weight(values, weights, n, y, x, channel, method)
-    store(value, total, y, x, channel, out, values.shape[1])
 
 
 @register_jitable
@@ -282,94 +258,14 @@ def combine_pixel(values, weights, y, x, method, kappa_low, kappa_high, trim_low
     last, minimum, maximum), that of the sample taken in the first channel.
     """
     for channel in range(values.shape[1]):
-        if method == FIRST or method == LAST:
-            value, weight = first_or_last(values, weights, y, x, channel, method)
-            store(value, weight, y, x, channel, out, values.shape[1])
+        if method in TAKE_ONE:
+            value, weight = taken(values, weights, y, x, channel, method)
         else:
-            total = sum_of_weights(weights, y, x, channel)
+            value = np.nan
+            weight = sum_of_weights(weights, y, x, channel)
             n = sort_layers(values, weights, y, x, channel)
-            sorted_result(
-                values, weights, n, total, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high, out
-            )
-
-
-@register_jitable
-def sort_lanes(values, weights):
-    """Sort the layers of many pixels at once, (K, lanes): by value, those of weight 0 last, as :func:`sort_layers` does.
-
-    Batcher's odd-even merge exchange (Knuth, The Art of Computer Programming, vol. 3, 5.2.2 M): which layers are
-    compared does not depend on the values, so that all lanes are worked on by the same instructions.
-    """
-    layers, lanes = values.shape
-    for k in range(layers):
-        for i in range(lanes):
-            if not weights[k, i] > 0.0:
-                values[k, i] = np.inf
-                weights[k, i] = 0.0
-    p = 1
-    while p < layers:
-        gap = p
-        while gap > 0:
-            for start in range(gap % p, layers - gap, 2 * gap):
-                for a in range(start, min(start + gap, layers - gap)):
-                    if a // (2 * p) != (a + gap) // (2 * p):
-                        continue
-                    below, above = values[a], values[a + gap]
-                    below_weights, above_weights = weights[a], weights[a + gap]
-                    for i in range(lanes):
-                        low, high = below[i], above[i]
-                        low_weight, high_weight = below_weights[i], above_weights[i]
-                        wrong = low > high
-                        below[i] = high if wrong else low
-                        above[i] = low if wrong else high
-                        below_weights[i] = high_weight if wrong else low_weight
-                        above_weights[i] = low_weight if wrong else high_weight
-            gap //= 2
-        p *= 2
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def combine_layers(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):
-    """CPU loop over the pixels of a block; see :func:`combine_pixel`. ``weights`` may be (K, 1, h, w) for all channels.
-
-    The layers of some pixels at a time are brought together and sorted side by side: sorting them one by one, where
-    they lie, would touch as many pages of memory as there are layers, and guess wrong at every step.
-    """
-    layers, channels = values.shape[:2]
-    lanes = np.empty((layers, AT_ONCE), np.float32)
-    lane_weights = np.zeros((layers, AT_ONCE), np.float32)
-    near = lanes.reshape((layers, 1, 1, AT_ONCE))
-    near_weights = lane_weights.reshape((layers, 1, 1, AT_ONCE))
-    result = np.empty((2, 1, AT_ONCE), np.float32)
-    totals = np.empty(AT_ONCE, np.float64)
-    counts = np.empty(AT_ONCE, np.int64)
-    for y in range(out.shape[1]):
-        for x0 in range(0, out.shape[2], AT_ONCE):
-            width = min(AT_ONCE, out.shape[2] - x0)
-            for channel in range(channels):
-                shared = min(channel, weights.shape[1] - 1)
-                totals[:] = 0.0
-                counts[:] = 0
-                for k in range(layers):
-                    for i in range(width):
-                        weight = weights[k, shared, y, x0 + i]
-                        lanes[k, i] = values[k, channel, y, x0 + i]
-                        lane_weights[k, i] = weight
-                        totals[i] += np.float64(weight) if weight > 0.0 else 0.0
-                        counts[i] += 1 if weight > 0.0 else 0
-                if method == FIRST or method == LAST:
-                    for i in range(width):
-                        combine_pixel(
-                            near, near_weights, 0, i, method, kappa_low, kappa_high, trim_low, trim_high, result
-                        )
-                else:
-                    sort_lanes(lanes, lane_weights)
-                    for i in range(width):
-                        sorted_result(
-                            near, near_weights, counts[i], totals[i], 0, i, 0, method,
-                            kappa_low, kappa_high, trim_low, trim_high, result,
-                        )  # fmt: skip
-                for i in range(width):
-                    out[channel, y, x0 + i] = result[0, 0, i]
-                    if channel == 0 and out.shape[0] > channels:
-                        out[channels, y, x0 + i] = result[1, 0, i]
+            if n > 0:
+                value = combine_sorted(
+                    values, weights, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high
+                )
+        store(value, weight, y, x, channel, out, values.shape[1])

@@ -12,9 +12,10 @@ pixel.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
+import zemosaic_kernels
+from zemosaic_compile import compiled
 from zemosaic_kernels import (
     LANCZOS3,
     bilinear_corners,
@@ -182,7 +183,7 @@ def store_lanes(n, value, weight, add, row):
             row[k] = np.float32(value[k]) if weight[k] > 0.0 else row[k]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(zemosaic_kernels)
 def resample_rows(
     pixels, plane_stride, row_stride, origin, shape, method, alpha, weight_map, spacing, feather, scale, mesh, block,
     rect, values, weights, add,
@@ -225,7 +226,7 @@ def resample_rows(
             store_lanes(n, weight if not add else ones, weight, add, weights[j, i : i + n])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(zemosaic_kernels)
 def measure_cells(
     pixels, plane_stride, row_stride, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts
 ):  # fmt: skip
@@ -310,7 +311,7 @@ def measure_lanes(
                 sums[channel, j, i] += value
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(zemosaic_kernels)
 def cells_inside(mesh, shape, cell_px, corner, found):
     """Mark in ``found`` the coarse cells of which any corner or the centre lies on the tile."""
     nodes, mesh_y, mesh_x, step = mesh
@@ -332,7 +333,7 @@ def cells_inside(mesh, shape, cell_px, corner, found):
                     break
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(zemosaic_kernels)
 def stored_bytes(values, out):
     """Float32 values (h, w) as big-endian words, uint32 (h, w): what a FITS file holds; 0 where they are not finite."""
     bits = values.view(np.uint32)
@@ -349,7 +350,7 @@ def stored_bytes(values, out):
             )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(zemosaic_kernels)
 def bin_plane(plane, y, x, factor, sums, counts):
     """Add float32 pixels (h, w) that are not NaN, the first at (y, x) of a grid of squares, to the squares' sums."""
     for j in range(plane.shape[0]):

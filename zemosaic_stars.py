@@ -13,8 +13,8 @@ elongation
     Ratio of the axes of the second moments above the threshold.
 
 Background and noise are measured on every third pixel of every third row, which is nine times faster and just as good;
-a step of three meets all four positions of a Bayer pattern alike. A frame of 1080 x 1920 takes 26 ms. `sep` holds the
-interpreter's lock for nearly all of it, so that threads find 40 frames a second together, whatever the number of cores.
+a step of three meets all four positions of a Bayer pattern alike. A frame of 1080 x 1920 takes 30 ms. `sep` holds the
+interpreter's lock for 25 of it, so that threads find 40 frames a second together, whatever the number of cores.
 
 What the stars of several frames say about their WCS: `zemosaic_starmatch`, `zemosaic_refine`.
 """
@@ -28,8 +28,14 @@ import numpy as np
 
 _THRESHOLD = 4.0
 """Detection limit in sigma, after the matched filter."""
+_LEVELS = 16
+"""Levels at which stars that touch are told apart; sep's own 32 take half as long again and find no more stars,
+but in a crowd: 0.5 % more where there is a star in every 200 pixels, 1.5 % in every 100."""
 _STEP, _MESH = 3, 21
 """Every so many-th pixel is used for the background; its mesh in such pixels."""
+_PARTS = 3
+"""Parts, each way, into which a pixel is cut for the half-flux radius; sep's own 5 take twice as long, and at an FWHM
+of 1.8 pixels scatter by 0.06 pixel instead of 0.07."""
 _SMALLEST = 1.2
 """FWHM below which it is a pixel, not a star."""
 _FLAG_TRUNCATED = 0x0002 | 0x0008
@@ -129,7 +135,10 @@ def _subtract_background(data: np.ndarray, mask: np.ndarray | None) -> tuple[flo
     few_mask = None if mask is None else np.ascontiguousarray(mask[::step, ::step])
     found = sep.Background(few, mask=few_mask, bw=_MESH * _STEP // step, bh=_MESH * _STEP // step)
     level = found.back(dtype=np.float32)
-    data -= level.repeat(step, 0).repeat(step, 1)[: data.shape[0], : data.shape[1]]
+    wide = level.repeat(step, 1)[:, : data.shape[1]]
+    for first in range(step):
+        rows = data[first::step]
+        rows -= wide[: len(rows)]
     return float(found.globalback), float(found.globalrms)
 
 
@@ -141,7 +150,7 @@ def _extract(data: np.ndarray, mask: np.ndarray | None, noise: float) -> np.ndar
     threshold = _THRESHOLD
     while True:
         try:
-            return sep.extract(data, threshold, err=noise, mask=mask)
+            return sep.extract(data, threshold, err=noise, mask=mask, deblend_nthresh=_LEVELS)
         except Exception as error:  # sep has no class of its own for it
             full = "pixel buffer full" in str(error) or "overflow" in str(error)
             if not full or threshold > 1000:
@@ -160,7 +169,8 @@ def _measure(
         return _no_stars(background, noise)
     first = np.clip(np.median(2.3548 * np.sqrt(table["a"] * table["b"])[:200]), 1.5, 30)
     x, y, cut = _positions(data, mask, table, first)
-    fwhm = 2 * sep.flux_radius(data, x, y, np.full(len(x), max(2.5 * first, 4.0)), 0.5, mask=mask)[0]
+    reach = np.full(len(x), max(2.5 * first, 4.0))
+    fwhm = 2 * sep.flux_radius(data, x, y, reach, 0.5, mask=mask, subpix=_PARTS)[0]
     elongation = table["a"] / np.maximum(table["b"], 0.3)
     good = ~cut & (fwhm >= _SMALLEST) & ~_single_pixels(data, table)
     if not good.any():
@@ -183,7 +193,7 @@ def _positions(
 
     # narrower windows than a sigma of 1.1 pixels feel the pixel grid: 0.013 pixel instead of 0.003 at 1.8 FWHM
     sigma = max(fwhm / 2.3548, 1.1)
-    x, y, flag = sep.winpos(data, table["x"], table["y"], np.full(len(table), sigma), mask=mask, subpix=0)
+    x, y, flag = sep.winpos(data, table["x"], table["y"], np.full(len(table), sigma), mask=mask, subpix=1)
     # beside a brighter neighbour the window wanders off
     lost = ~(np.hypot(x - table["x"], y - table["y"]) < fwhm / 2)
     cut = (flag & (sep.APER_TRUNC | sep.APER_HASMASKED)) != 0

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import ndimage
 
 from zemosaic_fits import Tile
 from zemosaic_grid import CoordinateMesh, OutputGrid, coordinate_mesh
@@ -197,9 +196,12 @@ def survey_strips(strips: Iterable[np.ndarray], shape: tuple[int, int], channels
             continue
         low = min(low, float(np.fmin.reduce(strip, axis=None)))
         high = max(high, float(np.fmax.reduce(strip, axis=None)))
-        edges = np.arange(0, good.shape[0], WEIGHT_CELL), np.arange(0, width, WEIGHT_CELL)
-        some = np.logical_or.reduceat(np.logical_or.reduceat(good, edges[0], axis=0), edges[1], axis=1)
-        valid[y0 // WEIGHT_CELL : y0 // WEIGHT_CELL + some.shape[0]] = some
+        cells = valid[y0 // WEIGHT_CELL : -(-(y0 + good.shape[0]) // WEIGHT_CELL)]
+        if count == good.size:  # as most strips are
+            cells[:] = True
+        else:
+            edges = np.arange(0, good.shape[0], WEIGHT_CELL), np.arange(0, width, WEIGHT_CELL)
+            cells[:] = np.logical_or.reduceat(np.logical_or.reduceat(good, edges[0], axis=0), edges[1], axis=1)
         differences.append(curvature(strip[:, :: max(height // 128, 1)]))
         coarse.append(NOISE_CELL * curvature(cells_of_bands(strip)))
     spread = float(high - low) if pixels else 0.0
@@ -224,8 +226,9 @@ def cells_of_bands(strip: np.ndarray) -> np.ndarray:
     bands = [strip[:, y : y + NOISE_CELL, : across * NOISE_CELL] for y in tops]
     if not bands or not across:
         return np.empty((channels, 0, across), np.float32)
-    means = [band.reshape(channels, NOISE_CELL, across, NOISE_CELL).mean(axis=(1, 3)) for band in bands]
-    return np.stack(means, axis=1)
+    # rows first, then columns: sums along whole rows are many times faster than sums of four numbers
+    columns = np.stack([band.sum(axis=1) for band in bands], axis=1)
+    return sum(columns[..., k::NOISE_CELL] for k in range(NOISE_CELL)) / np.float32(NOISE_CELL**2)
 
 
 def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) -> np.ndarray:
@@ -237,13 +240,19 @@ def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) ->
     if not differences:
         return np.zeros(channels)
     sizes = np.abs(np.concatenate(differences, axis=1))
-    known = [line[np.isfinite(line)] for line in sizes]
-    # variance of the difference: (1 + 1/4 + 1/4) sigma^2
-    noise = np.array([1.4826 * float(np.median(line)) / np.sqrt(1.5) if line.size else 0.0 for line in known])
+    sizes.sort(axis=1)  # which numpy does faster than it finds a median
+    return np.array([_noise_of_sizes(line[: np.searchsorted(line, np.inf)], spread) for line in sizes])
+
+
+def _noise_of_sizes(sizes: np.ndarray, spread: float) -> float:
+    """Noise of a pixel from the sizes of differences, in order."""
+    count = len(sizes)
+    median = float(sizes[(count - 1) // 2 : count // 2 + 1].mean()) if count else 0.0
+    if median > 0:
+        return 1.4826 * median / np.sqrt(1.5)  # variance of the difference: (1 + 1/4 + 1/4) sigma^2
     # the smallest difference is half a step of q, and the rounding's noise q / sqrt(12)
-    step = np.array([np.min(line, where=line > 0, initial=np.inf) for line in known], float)
-    rounding = np.where(np.isfinite(step), step / np.sqrt(3), 0.0)
-    return np.where(noise > 0, noise, np.maximum(rounding, 1e-6 * spread))
+    positive = sizes[np.searchsorted(sizes, 0, side="right") :]
+    return max(float(positive[0]) / np.sqrt(3) if len(positive) else 0.0, 1e-6 * spread)
 
 
 def weighted(
@@ -260,8 +269,10 @@ def weighted(
     """
     weight_map = None
     if survey is not None and feather > 0 and not survey.valid.all():
+        from scipy.ndimage import distance_transform_edt
+
         padded = np.pad(survey.valid, 1, constant_values=True)
-        distance = ndimage.distance_transform_edt(padded)[1:-1, 1:-1] * WEIGHT_CELL
+        distance = distance_transform_edt(padded)[1:-1, 1:-1] * WEIGHT_CELL
         # half a cell less: the edge of the data lies somewhere within the outermost cell
         weight_map = np.clip((distance - WEIGHT_CELL) / feather, 0.0, 1.0).astype(np.float32)
         weight_map = np.where(survey.valid, np.maximum(weight_map, 0.02), 0.0).astype(np.float32)

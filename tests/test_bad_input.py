@@ -441,7 +441,7 @@ def test_gpu_on_without_a_gpu_runs_and_says_so_once(panels, out, capsys, monkeyp
 
 def test_a_missing_package_is_named(panels, out, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "reproject.mosaicking", None)
-    assert run(panels, out, "--set", "global_wcs_orientation=as_tiles") == 1
+    assert run(panels, out, "--set", "engine=reproject") == 1
     one_sentence(capsys, "reproject", "install")
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +17,7 @@ import zemosaic_combine as how
 import zemosaic_kernels as k
 import zemosaic_loops as loops
 from zemosaic_backend import flat
+from zemosaic_combine_loops import combine_layers
 from zemosaic_reproject import CoaddOptions, winsorized_spread
 
 NO_ALPHA = np.ones((1, 1, 1), np.float32)
@@ -36,7 +42,7 @@ def combine(values, weights, method, limits=LIMITS):
     values = np.asarray(values, np.float32)
     ordered = np.stack([np.asarray(weights, np.float32)] * values.shape[1], axis=1)
     out = np.empty((values.shape[1] + 1, *values.shape[2:]), np.float32)
-    how.combine_layers(values.copy(), ordered, method, *limits, out)
+    combine_layers(values.copy(), ordered, method, *limits, out)
     return out[:-1], out[-1]
 
 
@@ -286,6 +292,28 @@ def test_combining_is_numpys(layers, method):
         assert weight[y, x] == pytest.approx(TAKEN.get(method, lambda v, w: w.sum())(first, w), rel=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 13])
+@pytest.mark.parametrize("method", range(10))
+def test_pixels_side_by_side_are_pixels_one_by_one(rng, method, count):
+    """To the last bit: rows that no number of lanes divides, outliers, layers that end within a row, and none at all.
+
+    `combine_pixel` is what the GPU compiles; here it runs as plain Python.
+    """
+    values = rng.normal(1000, 10, (count, 2, 2, 150)).astype(np.float32)
+    values += rng.choice([-300, 0, 0, 0, 0, 0, 0, 0, 0, 300], values.shape).astype(np.float32)
+    weights = np.repeat(rng.uniform(0.5, 2, (count, 1, 2, 150)).astype(np.float32), 2, axis=1)
+    for layer, edge in enumerate(rng.integers(0, 100, count)):
+        weights[layer, :, 1, :edge] = 0
+    weights[..., -3:] = 0
+    values[weights == 0] = np.nan
+    got, expected = np.empty((2, 3, 2, 150), np.float32)
+    combine_layers(values.copy(), weights[:, :1].copy(), method, *LIMITS, got)
+    for y, x in np.ndindex(2, 150):
+        how.combine_pixel(values, weights, y, x, method, *LIMITS, expected)
+    assert np.isnan(got[:2, 1, -1]).all() and got[2, 1, -1] == 0
+    assert np.array_equal(got, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("method", [how.MINIMUM, how.MAXIMUM])
 def test_of_equal_extremes_the_first_layer_counts(method):
     weights = np.array([0, 0.25, 0.5, 0.75], np.float32).reshape(4, 1, 1)
@@ -407,3 +435,26 @@ def test_order_of_the_layers_does_not_matter_and_scaling_commutes(method, pixels
         assert of(shuffled) == pytest.approx(expected, abs=1e-3, nan_ok=True)
     assert of(pixels, 4) == pytest.approx(4 * expected, abs=1e-3, nan_ok=True)
     assert of(pixels, 1, 512) == pytest.approx(expected + 512, abs=1e-3, nan_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------- compiling
+
+
+def test_code_kept_on_disk_is_forgotten_with_what_it_was_made_of(tmp_path):
+    """numba alone would keep a loop whose own file has not changed."""
+    definition = "from numba.extending import register_jitable\n@register_jitable\ndef value():\n    return {}\n"
+    (tmp_path / "loop.py").write_text(
+        "import definition\nfrom definition import value\nfrom zemosaic_compile import compiled\n"
+        "@compiled(definition)\ndef loop():\n    return value()\nprint(loop(), sum(loop.stats.cache_hits.values()))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(how.__file__).parent)])}
+    printed = []
+    for value in ("1", "1", "22"):  # another length: Python's own cache looks at time and size
+        (tmp_path / "definition.py").write_text(definition.format(value))
+        if len(printed) == 1:
+            os.utime(tmp_path / "definition.py", (0, 0))
+        done = subprocess.run(
+            [sys.executable, "loop.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        printed.append(done.stdout.split())
+    assert printed == [["1", "0"], ["1", "1"], ["22", "0"]]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_scene import digests, product, write_scene
+from small_scene import digests, long_ago, product, write_scene
 
 import zemosaic_canvas
 import zemosaic_resume
@@ -38,12 +38,6 @@ SETTINGS = {"gpu": "off", "memory_budget": "64MB", "num_processing_workers": 40,
 SETTINGS |= {"final_mosaic_rgb_equalize_enabled": True, "two_pass_cov_sigma_px": 16, "preview_png_max_dim": 300}
 KINDS = ("science", "aesthetic", "coverage", "preview")
 STEPS = {"frame", "solve", "cluster", "stack", "survey", "photometry", "science", "aesthetic"}
-
-
-def long_ago(folder: Path) -> None:
-    """Set the files' times back: a file of this very moment is always in doubt."""
-    for path in folder.iterdir():
-        os.utime(path, (time.time() - 3600,) * 2)
 
 
 def mosaics(folder: Path) -> dict[str, bytes]:
