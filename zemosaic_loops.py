@@ -351,13 +351,28 @@ def stored_bytes(values, out):
 
 
 @compiled(zemosaic_kernels)
-def bin_plane(plane, y, x, factor, sums, counts):
-    """Add float32 pixels (h, w) that are not NaN, the first at (y, x) of a grid of squares, to the squares' sums."""
-    for j in range(plane.shape[0]):
-        row = (y + j) // factor
-        for i in range(plane.shape[1]):
-            value = plane[j, i]
-            if value == value:
-                column = (x + i) // factor
-                sums[row, column] += value
-                counts[row, column] += 1
+def means_of_squares(block, y, x, factor, wanted, means, row, column, rows):
+    """Mean of the pixels that are not NaN in squares of ``factor`` pixels, NaN where there are none.
+
+    The first square starts at ``y, x`` of ``block`` (C, h, w) and belongs to ``row, column`` of ``means``; there are
+    ``rows`` of them, and as many columns as ``wanted`` has, which tells those to write. The last ones may be cut.
+    """
+    columns = wanted.size
+    totals = np.empty(columns, np.float32)
+    counts = np.empty(columns, np.int32)
+    for channel in range(block.shape[0]):
+        for r in range(rows):
+            totals[:] = 0
+            counts[:] = 0
+            top = y + r * factor
+            for j in range(top, min(top + factor, block.shape[1])):
+                for i in range(x, min(x + factor, block.shape[2])):
+                    part = block[channel, j, i::factor]
+                    for c in range(min(columns, part.size)):
+                        seen = part[c] == part[c]
+                        totals[c] += part[c] if seen else np.float32(0)
+                        counts[c] += 1 if seen else 0
+            target = means[channel, row + r, column : column + columns]
+            for c in range(columns):
+                if wanted[c]:
+                    target[c] = totals[c] / np.float32(counts[c])

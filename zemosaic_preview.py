@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zemosaic_utils import atomic_path, not_written
+from zemosaic_utils import atomic_path, not_written, page_array
 
 _PATCH = 4  # side in pixels of the small squares from which levels and noise are measured
 _PATCHES = 16384  # about so many of them, spread evenly: a quarter of a million pixels per channel
@@ -34,8 +34,7 @@ class PreviewAccumulator:
     A preview pixel is the mean of the mosaic's pixels with data in its square of ``factor`` x ``factor``. Its bits
     depend neither on how the mosaic is cut into blocks nor on their order: a square is summed as a whole, and the
     pixels of one that lies in several blocks wait in a strip of ``factor`` rows until the strip is complete. Memory is
-    bounded by `max_dim`, whatever the mosaic: 5 bytes x C x max_dim**2 (6 where factor is above 15), and the strips
-    between the blocks under way.
+    bounded by `max_dim`, whatever the mosaic: 4 bytes x C x max_dim**2, and the strips between the blocks under way.
 
     Parameters
     ----------
@@ -63,8 +62,8 @@ class PreviewAccumulator:
         self.shape = (int(shape[0]), int(shape[1]))
         self.factor = math.ceil(max(self.shape) / max_dim)
         size = (channels, *(math.ceil(n / self.factor) for n in self.shape))
-        self._sums = np.zeros(size, np.float32)
-        self._counts = np.zeros(size, np.min_scalar_type(self.factor**2))
+        self._means = page_array(size)
+        self._means.fill(np.nan)
         self._missing = np.full(size[1], self.factor * self.shape[1], np.int64)  # pixels of each strip not yet given
         self._missing[-1] = (self.shape[0] - self.factor * (size[1] - 1)) * self.shape[1]
         self._strips: dict[int, _Strip] = {}
@@ -86,15 +85,14 @@ class PreviewAccumulator:
             The block has other channels than the mosaic, or reaches beyond it.
         """
         channels, h, w = block.shape
-        if channels != len(self._sums) or min(y0, x0) < 0 or y0 + h > self.shape[0] or x0 + w > self.shape[1]:
+        if channels != len(self._means) or min(y0, x0) < 0 or y0 + h > self.shape[0] or x0 + w > self.shape[1]:
             raise ValueError(f"a block of {block.shape} at {(y0, x0)} does not fit a mosaic of {self.shape}")
         if h == 0 or w == 0:
             return
         f = self.factor
         rows, columns = _whole_bins(y0, h, self.shape[0], f), _whole_bins(x0, w, self.shape[1], f)
         if rows and columns:
-            inner = block[:, rows.start * f - y0 : rows.stop * f - y0, columns.start * f - x0 : columns.stop * f - x0]
-            self._sum(inner, np.s_[rows, columns])
+            self._fill(block, rows.start * f - y0, columns.start * f - x0, rows, columns)
         for number in range(y0 // f, (y0 + h - 1) // f + 1):
             low, high = max(number * f, y0), min((number + 1) * f, y0 + h)
             inside = columns if rows and rows.start <= number < rows.stop else None
@@ -115,37 +113,40 @@ class PreviewAccumulator:
                     strip.pixels[:, top : top + rows.shape[1], a:b] = rows[:, :, a - x0 : b - x0]
                     strip.mine[a // f : (b - 1) // f + 1] = True
             if not self._missing[number] and number in self._strips:
-                self._sum_strip(number, self._strips.pop(number))
+                self._fill_from_strip(number, self._strips.pop(number))
 
     def _strip(self, number: int) -> _Strip:
         if number not in self._strips:
-            channels, _, width = self._sums.shape
+            channels, _, width = self._means.shape
             rows = min(self.factor, self.shape[0] - number * self.factor)
             pixels = np.full((channels, rows, self.shape[1]), np.nan, np.float32)
             self._strips[number] = _Strip(pixels, np.zeros(width, bool))
         return self._strips[number]
 
-    def _sum_strip(self, number: int, strip: _Strip) -> None:
-        self._sum(strip.pixels, np.s_[number : number + 1, :], strip.mine[None])
+    def _fill_from_strip(self, number: int, strip: _Strip) -> None:
+        self._fill(strip.pixels, 0, 0, slice(number, number + 1), slice(0, len(strip.mine)), strip.mine)
 
-    def _sum(self, block: np.ndarray, window: tuple[slice, slice], where: np.ndarray | bool = True) -> None:
-        """Sum a block (C, h, w) of whole squares into a window of the picture."""
-        from zemosaic_loops import bin_plane
+    def _fill(
+        self, block: np.ndarray, y: int, x: int, rows: slice, columns: slice, wanted: np.ndarray | None = None
+    ) -> None:
+        """Fill squares of the picture with the means of a block's pixels, of which the first square starts at y, x."""
+        from zemosaic_loops import means_of_squares
 
-        for channel, plane in enumerate(block):
-            sums = np.zeros(self._sums[channel][window].shape, np.float32)
-            counts = np.zeros(sums.shape, np.uint32)
-            bin_plane(np.ascontiguousarray(plane, np.float32), 0, 0, self.factor, sums, counts)
-            np.copyto(self._sums[channel][window], sums, where=where)
-            np.copyto(self._counts[channel][window], counts, casting="same_kind", where=where)
+        if wanted is None:
+            wanted = np.ones(columns.stop - columns.start, bool)
+        pixels = np.ascontiguousarray(block, np.float32)
+        place = rows.start, columns.start, rows.stop - rows.start
+        means_of_squares(pixels, y, x, self.factor, wanted, self._means, *place)
 
     def image(self) -> np.ndarray:
-        """Return the picture so far, float32 (C, h, w), NaN where nothing was seen; row 0 is the mosaic's row 0."""
+        """Return the picture so far, float32 (C, h, w), NaN where nothing was seen; row 0 is the mosaic's row 0.
+
+        It is the accumulator's own memory, to be looked at: blocks that come later show in it.
+        """
         with self._lock:
             for number, strip in self._strips.items():  # squares of which only a part was given
-                self._sum_strip(number, strip)
-            with np.errstate(invalid="ignore"):  # nothing over nothing is NaN
-                return np.divide(self._sums, self._counts, dtype=np.float32, casting="same_kind")
+                self._fill_from_strip(number, strip)
+        return self._means
 
 
 @dataclass

@@ -62,7 +62,9 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def timed(command: list[str], env: dict[str, str]) -> float:
-    """Wall-clock seconds of a whole process that must succeed."""
+    """Wall-clock seconds of a whole process that must succeed; nobody waits for what another left to the disk."""
+    if hasattr(os, "sync"):
+        os.sync()
     start = time.perf_counter()
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
