@@ -31,9 +31,9 @@ COMBINE = (
 STREAMED = ("mean", "sum")
 #: Pixels of a band: few enough that what is done to a finished block stays near the processor.
 CACHED_PIXELS = 1 << 20
-#: Bytes of the layers of a block: blocks of this size are used again and again by the allocator, larger ones are handed
-#: back to the system, and every page of them is cleared anew.
-LAYERED_BYTES = 28 << 20
+#: Bytes of the layers of a block: in smaller ones the time goes into placing tiles, in larger ones into pages that the
+#: system clears anew.
+LAYERED_BYTES = 112 << 20
 #: Smallest side of a block, in output pixels.
 SMALLEST_BLOCK = 16
 
