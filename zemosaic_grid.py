@@ -388,8 +388,8 @@ def source_rows(
     are as good as linear; ``margin`` covers what is left, and the reach of the kernel.
     """
     every = max(mesh.step, 8)
-    rows = np.unique(np.append(np.arange(rect[0], rect[1], every), rect[1] - 1))
-    columns = np.unique(np.append(np.arange(rect[2], rect[3], every), rect[3] - 1))
+    rows = np.append(np.arange(rect[0], rect[1], every), rect[1] - 1)
+    columns = np.append(np.arange(rect[2], rect[3], every), rect[3] - 1)
     x, y = _linear_positions(mesh, rows, columns)
     height, width = tile_shape
     reach = margin + every * mesh.magnification
