@@ -30,7 +30,7 @@ from typing import Any
 from zemosaic_messages import BEAT, Channel, Herald, LastState
 from zemosaic_settings import Settings
 from zemosaic_surroundings import remove_temporary
-from zemosaic_utils import Cancelled, UsageError, ZeMosaicError
+from zemosaic_utils import Cancelled, UsageError, ZeMosaicError, collect_seldom
 from zemosaic_values import show, to_bool
 
 GRACE = 2.5
@@ -259,6 +259,8 @@ class GuiRun:
 
     def run(self) -> int:
         """Run and return the exit status; in a child process, end the process with it."""
+        if in_child():
+            collect_seldom()
         with self._watch:
             self._channel.send("CHRONO_START_REQUEST", None, "CHRONO_LEVEL")
             outcome = self._attempt()

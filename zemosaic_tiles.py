@@ -215,7 +215,10 @@ def survey_strips(strips: Iterable[np.ndarray], shape: tuple[int, int], channels
 
 def curvature(image: np.ndarray) -> np.ndarray:
     """Differences (C, n) of an image (C, h, w) and the mean of its left and right neighbours."""
-    return (image[..., 1:-1] - 0.5 * (image[..., :-2] + image[..., 2:])).reshape(len(image), -1)
+    out = image[..., :-2] + image[..., 2:]
+    out *= -0.5  # in place, as everything here: each new array is hundreds of pages that the system clears
+    out += image[..., 1:-1]
+    return out.reshape(len(image), -1)
 
 
 def cells_of_bands(strip: np.ndarray) -> np.ndarray:
@@ -239,7 +242,8 @@ def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) ->
     """
     if not differences:
         return np.zeros(channels)
-    sizes = np.abs(np.concatenate(differences, axis=1))
+    sizes = np.concatenate(differences, axis=1)
+    np.abs(sizes, out=sizes)
     sizes.sort(axis=1)  # which numpy does faster than it finds a median
     return np.array([_noise_of_sizes(line[: np.searchsorted(line, np.inf)], spread) for line in sizes])
 

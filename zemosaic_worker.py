@@ -37,7 +37,7 @@ from zemosaic_surroundings import (
     usable_input,
     worker_count,
 )
-from zemosaic_utils import Cancelled, UsageError, ZeMosaicError, not_written, to_jsonable, write_json
+from zemosaic_utils import Cancelled, UsageError, ZeMosaicError, collect_seldom, not_written, to_jsonable, write_json
 
 __all__ = [
     "MosaicResult",
@@ -574,6 +574,7 @@ def terminate_as_interrupt():
 
 def command_line() -> None:
     """The program: :func:`main`, then the end of the process."""
+    collect_seldom()
     status = main()
     # what is left is freed with the process: looking through a million objects first takes a third of a second
     gc.freeze()
