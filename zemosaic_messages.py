@@ -210,13 +210,14 @@ class Herald:
     ----------
     channel : Channel
     state : LastState
+    time_left : TimeLeft, optional
     """
 
-    def __init__(self, channel: Channel, state: LastState) -> None:
+    def __init__(self, channel: Channel, state: LastState, time_left: TimeLeft | None = None) -> None:
         self._channel, self._state = channel, state
         self._lock = threading.Lock()
         self._limits = {"INFO": LineLimit(), "WARN": LineLimit()}
-        self._time_left = TimeLeft()
+        self._time_left = time_left or TimeLeft()
         self._counts: dict[str, tuple[int, int]] = {}
         self._phase = 0
         self._stats: dict[str, Any] = {"phase_index": 0, "phase_name": ""}

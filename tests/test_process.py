@@ -104,7 +104,7 @@ def test_counters_figures_and_lines(done):
     figures = done.run.heard("STATS_UPDATE")[-1][3]
     assert (figures["files_done"], figures["files_total"]) == (64, 64)
     assert 0 <= figures["cpu_percent"] <= 100 and 50 < figures["ram_used_mb"] < figures["ram_total_mb"]
-    assert figures["phase_name"] == "phase7" and figures["eta_seconds"] >= 0
+    assert figures["phase_name"] == "phase7"
     said = {message[0]: message[3] for message in done.messages if message[2] in ("INFO", "SUCCESS")}
     assert said["run_info_existing_master_tiles_mode"] == {"num_tiles": 64}
     assert set(said["run_info_phase4_finished"]) == {"shape", "crval"}
@@ -634,6 +634,23 @@ def test_stages_are_made_whole():
     herald("STAGE_PROGRESS", "phase3_master_tiles", 0, total=0)
     counts = [(m[1], m[2]) for m in queue.messages if m[0] == "STAGE_PROGRESS"]
     assert counts == [("phase1_scan", 0), ("phase1_scan", 2), ("phase1_scan", 5), ("phase2_cluster", 0)]
+
+
+def test_the_time_left_is_told_from_two_seconds_on():
+    clock, queue = Clock(), ListQueue()
+    herald = Herald(Channel(queue), LastState(), TimeLeft(clock))
+    herald("STAGE_PROGRESS", "phase6", 0, total=4)
+    clock.now = 1.0
+    herald.beat({"cpu_percent": 50.0})
+    assert [message[0] for message in queue.messages][-1] == "STATS_UPDATE"
+    assert queue.messages[-1][3]["cpu_percent"] == 50 and "eta_seconds" not in queue.messages[-1][3]
+    clock.now = 100.0
+    herald("STAGE_PROGRESS", "phase6", 1, total=4)
+    herald.beat({})
+    clock_line, stats = queue.messages[-2:]
+    assert stats[3]["eta_seconds"] >= 300  # the stage in hand alone has three quarters to go
+    hours, minutes, seconds = (int(part) for part in clock_line[0].removeprefix("ETA_UPDATE:").split(":"))
+    assert abs(3600 * hours + 60 * minutes + seconds - stats[3]["eta_seconds"]) <= 1
 
 
 def told_at(durations: dict[str, float], clock: Clock, panels: bool = False) -> list[tuple[float, float | None]]:
