@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zemosaic_utils import atomic_path, not_written, page_array
+from zemosaic_utils import atomic_path, median_of_sorted, not_written, page_array
 
 _PATCH = 4  # side in pixels of the small squares from which levels and noise are measured
 _PATCHES = 16384  # about so many of them, spread evenly: a quarter of a million pixels per channel
@@ -261,7 +261,8 @@ def _measure(planes: np.ndarray, p_low: float, p_high: float) -> _Levels | None:
     if not sample.size:
         return None
     scale = _noise(sample)[:, None]
-    medians = _medians(sample) / scale
+    # so few numbers are sorted many times faster than numpy finds their median
+    medians = median_of_sorted(np.sort(sample.reshape(*sample.shape[:2], -1), axis=-1)) / scale
     brightness = medians.sum(axis=0)
     low, high = np.quantile(brightness, _SKY)
     sky = np.median(medians[:, (brightness >= low) & (brightness <= high)], axis=1)[:, None]
@@ -269,13 +270,6 @@ def _measure(planes: np.ndarray, p_low: float, p_high: float) -> _Levels | None:
     depth = max(-float(np.percentile(heights.min(axis=0), p_low)), _MIN_DEPTH)
     top = float(np.percentile(heights.max(axis=0), p_high))
     return _Levels(((sky - depth) * scale)[:, 0], (depth * scale)[:, 0], max(top / depth + 1, _MIN_RANGE))
-
-
-def _medians(sample: np.ndarray) -> np.ndarray:
-    """Median of each patch, (C, n); so few numbers are sorted many times faster than numpy finds their median."""
-    ordered = np.sort(sample.reshape(*sample.shape[:2], -1), axis=-1)
-    count = ordered.shape[-1]
-    return ordered[..., (count - 1) // 2 : count // 2 + 1].mean(axis=-1)
 
 
 def _noise(sample: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from zemosaic_fits import Tile
 from zemosaic_grid import CoordinateMesh, OutputGrid, coordinate_mesh
 from zemosaic_photometry import Normalisation, apply_photometric_normalization
+from zemosaic_utils import median_of_sorted
 
 Rect = tuple[int, int, int, int]
 
@@ -216,7 +217,7 @@ def survey_strips(strips: Iterable[np.ndarray], shape: tuple[int, int], channels
 def curvature(image: np.ndarray) -> np.ndarray:
     """Differences (C, n) of an image (C, h, w) and the mean of its left and right neighbours."""
     out = image[..., :-2] + image[..., 2:]
-    out *= -0.5  # in place, as everything here: each new array is hundreds of pages that the system clears
+    out *= -0.5  # in place: each new array is hundreds of pages that the system clears
     out += image[..., 1:-1]
     return out.reshape(len(image), -1)
 
@@ -250,8 +251,7 @@ def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) ->
 
 def _noise_of_sizes(sizes: np.ndarray, spread: float) -> float:
     """Noise of a pixel from the sizes of differences, in order."""
-    count = len(sizes)
-    median = float(sizes[(count - 1) // 2 : count // 2 + 1].mean()) if count else 0.0
+    median = float(median_of_sorted(sizes)) if len(sizes) else 0.0
     if median > 0:
         return 1.4826 * median / np.sqrt(1.5)  # variance of the difference: (1 + 1/4 + 1/4) sigma^2
     # the smallest difference is half a step of q, and the rounding's noise q / sqrt(12)

@@ -172,6 +172,12 @@ def make_radial_weight_map(
     return np.clip(weight / centre, min_weight_floor, 1).astype(np.float32, copy=False)
 
 
+def median_of_sorted(ordered: np.ndarray) -> np.ndarray:
+    """Median along the last axis of ascending numbers, of which there is at least one."""
+    count = ordered.shape[-1]
+    return ordered[..., (count - 1) // 2 : count // 2 + 1].mean(axis=-1)
+
+
 # ----------------------------------------------------------------------------------------------- the process
 
 
@@ -181,7 +187,7 @@ def collect_seldom() -> None:
     Half a million objects come with the imports and stay; to look through them again and again took a tenth of a short
     run.
     """
-    gc.set_threshold(COLLECT_AFTER, 10, 10)
+    gc.set_threshold(COLLECT_AFTER)
 
 
 # ---------------------------------------------------------------------------------------------- large arrays
