@@ -40,7 +40,11 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence astropy where it repairs WCS keywords, or reports what is reported here in one sentence."""
+    """Silence astropy where it repairs WCS keywords, or reports what is reported here in one sentence.
+
+    Python's filters belong to all threads: where several enter and leave, one that leaves restores the filters under the
+    others. That does no harm within another `quiet` of the thread that waits for them.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FITSFixedWarning)
         warnings.filterwarnings("ignore", ".*truncated.*", AstropyUserWarning)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from astropy.io import fits
-from astropy.wcs import WCS, FITSFixedWarning, WcsError
+from astropy.wcs import WCS, WcsError
 
+from zemosaic_headers import quiet
 from zemosaic_utils import Cancelled
 
 _POLL = 0.1  # s between two looks at `cancelled`
@@ -256,8 +256,7 @@ def wcs_header(cards: Iterable[tuple[str, Any]], hints: Hints) -> fits.Header:
     header = fits.Header(list(found.items()))
     height, width = hints.shape
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FITSFixedWarning)
+        with quiet():
             wcs = WCS(header)
             sky = wcs.all_pix2world([[0, 0], [width - 1, 0], [0, height - 1]], 0) if wcs.has_celestial else [math.nan]
             scale = 3600 * math.sqrt(abs(np.linalg.det(wcs.pixel_scale_matrix)))

@@ -185,6 +185,7 @@ def run_phases(
 
     from zemosaic_aesthetic import aesthetic_factors, aesthetic_solution, colour_adjustment
     from zemosaic_backend import BackendSwitch, open_cuda
+    from zemosaic_headers import quiet
     from zemosaic_mosaic import (
         STORE_SHARE,
         Run,
@@ -213,6 +214,7 @@ def run_phases(
     with ExitStack() as stack:
         # our own threads use the cores; the linear algebra of small systems must not compete with them
         stack.enter_context(threadpool_limits(1))
+        stack.enter_context(quiet())
         monitor = None
         if settings.enable_resource_telemetry:
             monitor = stack.enter_context(

@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from astropy.io import fits
+from astropy.utils.exceptions import AstropyUserWarning
 from small_scene import LOG, digests, pixels, product, run, write_scene
 
 import zemosaic_aesthetic
@@ -27,6 +29,7 @@ import zemosaic_scan
 import zemosaic_surroundings
 import zemosaic_telemetry
 import zemosaic_worker
+from zemosaic_headers import quiet
 from zemosaic_resume import FOLDER
 
 OUTPUTS = {"run_report.json", LOG} | {f"zemosaic_MT4_R4_{n}" for n in ("science.fits", "coverage.fits", "preview.png")}
@@ -521,6 +524,26 @@ def test_ctrl_c_later_leaves_whole_files_only(panels, out, capsys, monkeypatch, 
     for path in out.glob("*.fits"):
         with fits.open(path) as hdul:
             hdul.verify("exception")
+
+
+def test_astropy_stays_silent_where_threads_overlap(panels, out):
+    """One thread that leaves `quiet` restores the filters under another, which is still within."""
+    warned = []
+
+    def progress(key, stage, level, **fields):
+        if key == "STAGE_PROGRESS" and stage != "phase7":  # whose only thread is this one
+            one, other = quiet(), quiet()
+            one.__enter__()
+            other.__enter__()
+            one.__exit__(None, None, None)
+            warnings.warn("File may have been truncated", AstropyUserWarning, stacklevel=1)
+            other.__exit__(None, None, None)
+            warned.append(stage)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zemosaic_worker.run_hierarchical_mosaic(panels, out, progress_callback=progress, gpu="off")
+    assert {"phase1_scan", "phase4_grid", "phase5_intertile", "phase5_reproject"} <= set(warned)
 
 
 @pytest.mark.parametrize("stage", ["phase1_scan", "phase4_grid", "phase5_intertile", "phase5_reproject", "phase6"])
