@@ -3,12 +3,12 @@
 Sequence of Phase 5, the same on both backends
 ----------------------------------------------
 1. *Measure.* Every tile is resampled onto one coarse grid of cells (means over ``photometry_cell_px`` squared output
-   pixels): a :class:`CoarseTile`. (`zemosaic_measure.measure_tile`)
+   pixels): a :class:`CoarseTile`. (`resample.measure.measure_tile`)
 2. *Solve.* :func:`compute_photometric_gains_and_offsets`: pair relations in the overlaps (:func:`pair_relation`),
    then one global robust least squares for the gains and one for the offsets -> :class:`PhotometricSolution`. On the
    CPU in both modes, so that the gains are bit-identical.
 3. *Coadd.* Each tile is normalised with :func:`apply_photometric_normalization` as it is read, for both backends alike,
-   then resampled, weighted and combined block by block: the science mosaic. (`zemosaic_reproject.coadd_block`)
+   then resampled, weighted and combined block by block: the science mosaic. (`resample.coadd.coadd_block`)
 4. *Coverage renormalisation*, if asked for: :func:`coverage_scale`, :func:`coverage_gain` and
    :func:`relative_coverage_gains` on the coverage of step 3, then a second coadd.
 5. *RGB balance and black point*, if asked for: :func:`rgb_balance_gains`, :func:`black_point`. Steps 4 and 5 make the
@@ -35,8 +35,8 @@ from functools import partial
 
 import numpy as np
 
-from zemosaic_deming import in_units
-from zemosaic_pairs import CoarseTile, PairRelation, connected_groups, measure_pairs
+from zemosaic_pipeline.overlaps.errors_in_variables import in_units
+from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, connected_groups, measure_pairs
 
 #: Pixels that :func:`apply_photometric_normalization` works on at a time.
 NORMALISED_AT_ONCE = 1 << 17
@@ -50,7 +50,6 @@ HUBER_STEPS = 5
 DENSE_TILES = 150
 #: Gains beyond this factor from their component's mean are not believed.
 SANE_GAIN = 100.0
-
 #: Gain, pivot and level of one tile, each a tuple of C floats.
 Normalisation = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 

@@ -1,4 +1,4 @@
-"""Judges of a stacked night: master tiles and mosaic against the true sky of `zemosaic_night`.
+"""Judges of a stacked night: master tiles and mosaic against the true sky of `synthetic.night`.
 
 Each judge is a function from pixels and truth to numbers; `raw_to_tiles.py` runs the worker and prints them. An image is
 first brought to the truth with one scale and one offset per channel (`match`), as no program can know the absolute
@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from photometry import aperture_sums, fit_to_truth  # noqa: E402
 
-from zemosaic_night import FrameTruth, Truth  # noqa: E402
+from zemosaic_pipeline.synthetic.night import FrameTruth, Truth  # noqa: E402
 
 LAGS = 5
 #: Raw pixels per sample of a colour: red, green, blue.

@@ -27,7 +27,7 @@ from astropy.wcs import WCS
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from zemosaic_demo import Layout, make_panels, make_sky, mosaic_shape, panel_wcs, write_panels  # noqa: E402
+from zemosaic_pipeline.synthetic.panels import Layout, make_panels, make_sky, mosaic_shape, panel_wcs, write_panels  # noqa: E402
 
 REPROJECT = """
 import sys, numpy as np

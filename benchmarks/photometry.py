@@ -31,21 +31,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from zemosaic_backend import CpuBackend
-from zemosaic_demo import Layout, Panel, Sky, make_panels, make_sky, mosaic_shape
-from zemosaic_fits import array_tile
-from zemosaic_grid import OutputGrid, choose_output_grid
-from zemosaic_measure import measure_tile, overlap_counts
-from zemosaic_photometry import (
-    CoarseTile,
-    PairRelation,
-    PhotometricSolution,
-    compute_photometric_gains_and_offsets,
-    identity_solution,
-)
-from zemosaic_reproject import CoaddOptions, coadd
-from zemosaic_settings import Settings
-from zemosaic_tiles import PixelStore, PlacedTile, place_tiles, survey_tile, weighted
+from zemosaic_photometry import PhotometricSolution, compute_photometric_gains_and_offsets, identity_solution
+from zemosaic_pipeline.fits.tile import array_tile
+from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation
+from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
+from zemosaic_pipeline.resample.options import CoaddOptions
+from zemosaic_pipeline.resample.output_grid import OutputGrid, choose_output_grid
+from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.placed import PlacedTile, place_tiles, weighted
+from zemosaic_pipeline.resample.survey import survey_tile
+from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.synthetic.panels import Layout, Panel, Sky, make_panels, make_sky, mosaic_shape
 
 BASE = Layout()
 CASES = {

@@ -40,7 +40,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import night_judge as nj  # noqa: E402
 
-from zemosaic_night import DEMO, Night, Truth, night_truth, write_night  # noqa: E402
+from zemosaic_pipeline.synthetic.night import DEMO, Night, Truth, night_truth, write_night  # noqa: E402
 
 SIRIL = """requires 1.0.0
 setcpu {cores}

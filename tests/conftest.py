@@ -8,13 +8,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from zemosaic_demo import Layout, make_panels, make_sky, mosaic_shape
-from zemosaic_fits import Tile, array_tile
-from zemosaic_grid import OutputGrid
-from zemosaic_measure import measure_tile, overlap_counts
 from zemosaic_photometry import compute_photometric_gains_and_offsets
-from zemosaic_reproject import CoaddOptions, coadd
-from zemosaic_tiles import PixelStore, place_tiles, survey_tile, weighted
+from zemosaic_pipeline.fits.tile import Tile, array_tile
+from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
+from zemosaic_pipeline.resample.options import CoaddOptions
+from zemosaic_pipeline.resample.output_grid import OutputGrid
+from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.placed import place_tiles, weighted
+from zemosaic_pipeline.resample.survey import survey_tile
+from zemosaic_pipeline.synthetic.panels import Layout, make_panels, make_sky, mosaic_shape
 
 
 @pytest.fixture(params=["numpy", "array_api_strict", "cupy"])
@@ -42,7 +45,8 @@ def xp(request):
 
 def require_card():
     """Skip where there is no working CUDA card, and say why."""
-    from zemosaic_backend import DeviceFailure, open_cuda
+    from zemosaic_pipeline.pixels.backend_base import DeviceFailure
+    from zemosaic_pipeline.pixels.backend_cuda import open_cuda
 
     try:
         open_cuda().close()

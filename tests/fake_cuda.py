@@ -9,7 +9,7 @@ asked of them is an AttributeError. They are stricter than the real ones:
   page-locked memory that is written to, while a queued operation still needs it, spoils the result.
 - Work is refused in a thread whose current device is another one.
 
-The kernels are those of `zemosaic_kernels.cuda_kernels`: their own source runs once for every thread of the grid, those
+The kernels are those of `pixels.kernels.cuda_kernels`: their own source runs once for every thread of the grid, those
 that stick out over the edge included. The pixel functions that they call run compiled for the CPU, or, with
 ``interpreted``, as the Python that they are.
 """
@@ -429,8 +429,8 @@ def compiled_pixel_functions():
     if not _COMPILED:
         from numba import njit
 
-        from zemosaic_combine import combine_pixel
-        from zemosaic_kernels import measure_cell, resample_pixel
+        from zemosaic_pipeline.pixels.combine import combine_pixel
+        from zemosaic_pipeline.pixels.kernels import measure_cell, resample_pixel
 
         for function in (resample_pixel, measure_cell, combine_pixel):
             _COMPILED[function.__name__] = njit(cache=True, error_model="numpy")(function)

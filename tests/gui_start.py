@@ -15,12 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import zemosaic_messages
-import zemosaic_progress
-from zemosaic_process import serve
-from zemosaic_progress import STAGES, LineLimit, Reporter
-from zemosaic_surroundings import scratch_folder
-from zemosaic_utils import atomic_path
+from zemosaic_pipeline.files import atomic_path
+from zemosaic_pipeline.gui import line_limit
+from zemosaic_pipeline.gui.line_limit import LineLimit
+from zemosaic_pipeline.gui.process import serve
+from zemosaic_pipeline.host import progress
+from zemosaic_pipeline.host.folders import scratch_folder
+from zemosaic_pipeline.host.progress import STAGES, Reporter
 from zemosaic_worker import run_hierarchical_mosaic_process
 
 RECORDED = json.loads((Path(__file__).parent / "data/gui_kwargs.json").read_text(encoding="utf-8"))
@@ -178,8 +179,8 @@ def chatty_engine(source: Path, output: Path, *, progress_callback: Any, cancell
 def chatty(queue: Any, output_dir: str, limited: bool) -> None:
     """A process that chats, with the limits of a run or without any."""
     if not limited:
-        zemosaic_progress.SECONDS_BETWEEN_COUNTS = 0
-        zemosaic_messages.LineLimit = lambda: LineLimit(burst=10**9)
+        progress.SECONDS_BETWEEN_COUNTS = 0
+        line_limit.LineLimit = lambda: LineLimit(burst=10**9)
     serve(chatty_engine, queue, (), {"input_dir": output_dir, "output_dir": output_dir})
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from astropy.io import fits
 
 import zemosaic_worker
-from zemosaic_demo import Layout, Panel, Sky, make_panels, make_sky, mosaic_shape, write_panels
-from zemosaic_reproject import CoaddOptions
+from zemosaic_pipeline.resample.options import CoaddOptions
+from zemosaic_pipeline.synthetic.panels import Layout, Panel, Sky, make_panels, make_sky, mosaic_shape, write_panels
 
 LAYOUT = Layout(rows=2, columns=2, shape=(96, 128), overlap=0.4, noise=2.0, rotation_deg=4.0)
 #: In each of them only the log may remain of a run that ended early.

@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 from fake_cuda import Card, CUDARuntimeError
 
-from zemosaic_backend import (
-    BackendSwitch,
-    CpuBackend,
-    DeviceFailure,
-    NoGpuSupport,
-    is_device_error,
-    open_cuda,
-    slabs,
-)
 from zemosaic_photometry import apply_photometric_normalization, coverage_scale
-from zemosaic_utils import UsageError
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.pixels.backend_base import DeviceFailure, NoGpuSupport
+from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.pixels.backend_cuda import is_device_error, open_cuda, slabs
+from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
 
 # ------------------------------------------------------------------------------- helpers stay where their input is
 

@@ -19,18 +19,16 @@ from astropy.io import fits
 from astropy.utils.exceptions import AstropyUserWarning
 from small_scene import LOG, digests, pixels, product, run, write_scene
 
-import zemosaic_aesthetic
-import zemosaic_backend
-import zemosaic_grid
-import zemosaic_leftovers
-import zemosaic_mosaic
-import zemosaic_output
-import zemosaic_scan
-import zemosaic_surroundings
-import zemosaic_telemetry
 import zemosaic_worker
-from zemosaic_headers import quiet
-from zemosaic_resume import FOLDER
+from zemosaic_pipeline import errors
+from zemosaic_pipeline.fits import admission, writer
+from zemosaic_pipeline.fits.headers import quiet
+from zemosaic_pipeline.host import folders, telemetry
+from zemosaic_pipeline.phases import phase5_aesthetic, phase5_coadd, phase5_normalise, phase6_save
+from zemosaic_pipeline.pixels import backend_base, backend_cuda
+from zemosaic_pipeline.resample import placed
+from zemosaic_pipeline.resume import pieces
+from zemosaic_pipeline.resume.checkpoints import FOLDER
 
 OUTPUTS = {"run_report.json", LOG} | {f"zemosaic_MT4_R4_{n}" for n in ("science.fits", "coverage.fits", "preview.png")}
 
@@ -306,7 +304,7 @@ def test_a_folder_for_temporary_files_that_is_none(panels, out, tmp_path, capsys
 
 
 def test_no_room_on_the_disk_is_told_before_anything_is_written(panels, out, capsys, monkeypatch):
-    monkeypatch.setattr(zemosaic_output.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert run(panels, out) == 1
     one_sentence(capsys, "_science.fits", "make room")
     assert left_in(out) == {LOG}
@@ -316,13 +314,13 @@ def test_no_room_on_the_disk_is_told_before_anything_is_written(panels, out, cap
 def test_a_disk_that_fills_up_while_it_is_written(panels, out, capsys, monkeypatch, writes):
     left = [writes]
 
-    def write_at(self, offset, data, real=zemosaic_output.MosaicWriter._write_at):
+    def write_at(self, offset, data, real=writer.MosaicWriter._write_at):
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, offset, data)
 
-    monkeypatch.setattr(zemosaic_output.MosaicWriter, "_write_at", write_at)
+    monkeypatch.setattr(writer.MosaicWriter, "_write_at", write_at)
     assert run(panels, out) == 1
     one_sentence(capsys, "disk is full", "make room")
     assert left_in(out) == {LOG}
@@ -348,8 +346,8 @@ def test_a_log_that_cannot_be_written_is_no_traceback(panels, out, capsys, monke
 
         flush = close = lambda self: None
 
-    real = zemosaic_surroundings.LogHandler._open
-    monkeypatch.setattr(zemosaic_surroundings.LogHandler, "_open", lambda self: real(self).close() or Full())
+    real = folders.LogHandler._open
+    monkeypatch.setattr(folders.LogHandler, "_open", lambda self: real(self).close() or Full())
     assert run(panels, out) == 0
     assert "Traceback" not in capsys.readouterr().err
 
@@ -430,9 +428,9 @@ def test_verbose_shows_the_traceback_and_nothing_else_does(tmp_path, out, capsys
 
 def test_gpu_on_without_a_gpu_runs_and_says_so_once(panels, out, capsys, monkeypatch):
     def no_card(*arguments):
-        raise zemosaic_backend.DeviceFailure("no CUDA card was found")
+        raise backend_base.DeviceFailure("no CUDA card was found")
 
-    monkeypatch.setattr(zemosaic_backend, "open_cuda", no_card)
+    monkeypatch.setattr(backend_cuda, "open_cuda", no_card)
     assert run(panels, out, "--gpu", "on", "--json-progress") == 0
     messages = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     (fallback,) = [m for m in messages if m.get("key") == "phase5_gpu_fallback"]
@@ -452,21 +450,21 @@ def test_memory_that_is_not_there(panels, out, capsys, monkeypatch):
     def too_much(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr(zemosaic_mosaic, "coadd", too_much)
+    monkeypatch.setattr(phase5_coadd, "coadd", too_much)
     assert run(panels, out) == 1
     one_sentence(capsys, "--memory-budget")
     assert left_in(out) == {LOG}
 
 
 def test_a_tile_that_goes_away_during_the_run(panels, out, capsys, monkeypatch):
-    real = zemosaic_scan.scan_tiles
+    real = admission.scan_tiles
 
     def scan(*arguments, **options):
         found = real(*arguments, **options)
         (panels / "panel_02.fits").unlink()
         return found
 
-    monkeypatch.setattr(zemosaic_scan, "scan_tiles", scan)
+    monkeypatch.setattr(admission, "scan_tiles", scan)
     assert run(panels, out) == 0
     assert "panel_02.fits is set aside: its pixels cannot be read" in capsys.readouterr().out
 
@@ -474,19 +472,19 @@ def test_a_tile_that_goes_away_during_the_run(panels, out, capsys, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- Ctrl-C
 
 STAGES = {
-    "opening the files": (zemosaic_scan, "open_tile"),
-    "laying out the mosaic": (zemosaic_grid, "coordinate_mesh"),
-    "looking at the tiles": (zemosaic_leftovers, "survey_tile"),
-    "measuring": (zemosaic_mosaic, "measure_tile"),
-    "solving": (zemosaic_mosaic, "compute_photometric_gains_and_offsets"),
-    "writing a block": (zemosaic_output.MosaicWriter, "write_block"),
-    "writing the mask": (zemosaic_output.MosaicWriter, "write_alpha"),
+    "opening the files": (admission, "open_tile"),
+    "laying out the mosaic": (placed, "coordinate_mesh"),
+    "looking at the tiles": (pieces, "survey_tile"),
+    "measuring": (phase5_normalise, "measure_tile"),
+    "solving": (phase5_normalise, "compute_photometric_gains_and_offsets"),
+    "writing a block": (writer.MosaicWriter, "write_block"),
+    "writing the mask": (writer.MosaicWriter, "write_alpha"),
 }
 LATE_STAGES = {
-    "the aesthetic pass": (zemosaic_aesthetic, "aesthetic_solution"),
-    "the preview": (zemosaic_mosaic, "save_png"),
+    "the aesthetic pass": (phase5_aesthetic, "aesthetic_solution"),
+    "the preview": (phase6_save, "save_png"),
     "the report": (zemosaic_worker, "write_json"),
-    "a sample": (zemosaic_telemetry.PhaseClock, "report"),
+    "a sample": (telemetry.PhaseClock, "report"),
 }
 
 
@@ -501,10 +499,7 @@ def interrupt_at(monkeypatch, place, name) -> None:
 def test_ctrl_c_leaves_nothing_but_the_log(panels, out, capsys, monkeypatch, stage):
     before = digests(panels)
     with monkeypatch.context() as patch:
-        # place_tiles and scan_tiles look the names up in their own modules
-        place, name = STAGES[stage]
-        place = sys.modules["zemosaic_tiles"] if name == "coordinate_mesh" else place
-        interrupt_at(patch, place, name)
+        interrupt_at(patch, *STAGES[stage])
         assert run(panels, out, "--set", "two_pass_coverage_renorm=on") == 130
     one_sentence(capsys, "interrupted")
     assert left_in(out) == {LOG}
@@ -581,6 +576,6 @@ def test_the_program_is_interrupted(panels, out, sig):
 @pytest.mark.parametrize("asked", [1, 3, 6])
 def test_a_caller_that_cancels(panels, out, asked):
     answers = iter([False] * asked)
-    with pytest.raises(zemosaic_worker.Cancelled):
+    with pytest.raises(errors.Cancelled):
         zemosaic_worker.run_hierarchical_mosaic(panels, out, cancelled=lambda: next(answers, True))
     assert left_in(out) == {LOG}

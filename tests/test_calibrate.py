@@ -9,10 +9,10 @@ import pytest
 from astropy.io import fits
 from astropy.stats import sigma_clip
 
-import zemosaic_calibrate
-from zemosaic_calibrate import Calibration, combine, load_calibration
-from zemosaic_raw import open_frame
-from zemosaic_utils import UsageError
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.raw import calibration
+from zemosaic_pipeline.raw.calibration import Calibration, combine, load_calibration
+from zemosaic_pipeline.raw.frame import open_frame
 
 SHAPE = (48, 64)
 
@@ -180,7 +180,7 @@ def test_a_folder_is_combined_the_same_in_any_blocks(tmp_path, monkeypatch):
     assert len(warnings) == 1 and "notes.fits is left out" in warnings[0]
     frames = [fits.getdata(tmp_path / f"darks/d{k}.fits") for k in range(7)]
     assert np.abs(at_once.data - np.mean(frames, axis=0)).max() < 30
-    monkeypatch.setattr(zemosaic_calibrate, "_BLOCK_BYTES", 7 * 4 * SHAPE[1] * 5)
+    monkeypatch.setattr(calibration, "_BLOCK_BYTES", 7 * 4 * SHAPE[1] * 5)
     in_blocks = load(tmp_path, dark=str(tmp_path / "darks")).dark
     np.testing.assert_array_equal(in_blocks.data, at_once.data)
 

@@ -14,14 +14,12 @@ from astropy.wcs import WCS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zemosaic_cluster import (
-    AUTO_CAP,
+from zemosaic_pipeline.gui.filter_window import (
     _auto_split_groups,
     _compute_max_angular_separation_deg,
     cluster_seestar_stacks_connected,
-    group_frames,
-    linking_length,
 )
+from zemosaic_pipeline.phases.clustering import AUTO_CAP, group_frames, linking_length
 
 few = settings(max_examples=60, deadline=None)
 

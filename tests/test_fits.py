@@ -1,4 +1,4 @@
-"""zemosaic_fits: every kind of input against astropy's own reading, and every kind of bad input."""
+"""zemosaic_pipeline.fits.tile: every kind of input against astropy's own reading, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from fits_samples import IMAGE, H, W, celestial_header, pixels, save
 
-import zemosaic_fits as zf
-from zemosaic_utils import UnusableFile
+from zemosaic_pipeline.errors import UnusableFile
+from zemosaic_pipeline.fits import tile as zf
 
 
 @pytest.fixture

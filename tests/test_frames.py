@@ -16,11 +16,12 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from small_scene import LOG, digests, long_ago, pixels, product, run, write_scene
 
-from zemosaic_frames import FramePlan
-from zemosaic_night import Night, night_truth, write_calibration, write_night
-from zemosaic_settings import Settings
-from zemosaic_solve import choose_solver
-from zemosaic_utils import Cancelled, UsageError
+from zemosaic_pipeline.errors import Cancelled, UsageError
+from zemosaic_pipeline.gui.plan import read_plan
+from zemosaic_pipeline.phases.phase1_frames import FramePlan
+from zemosaic_pipeline.platesolve.choose import choose_solver
+from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.synthetic.night import Night, night_truth, write_calibration, write_night
 from zemosaic_worker import run_hierarchical_mosaic
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -391,11 +392,9 @@ def test_a_missing_package_is_named(nights, tmp_path, capsys, monkeypatch):
 )
 def test_the_filter_window_s_lists_are_understood(tmp_path, key, group):
     one, two = tmp_path / "a.fit", tmp_path / "b.fit"
-    plan = FramePlan.from_gui(
-        {"preplan_master_groups": [group([{key: str(one)}]), group([str(two)])]}, [{key: one}, str(two)]
-    )
+    plan = read_plan({"preplan_master_groups": [group([{key: str(one)}]), group([str(two)])]}, [{key: one}, str(two)])
     assert plan.frames == {one, two} and plan.groups == ((one,), (two,))
-    assert FramePlan.from_gui({}, None) == FramePlan.from_gui(None, []) == FramePlan()
+    assert read_plan({}, None) == read_plan(None, []) == FramePlan()
 
 
 @pytest.mark.parametrize(
@@ -414,18 +413,18 @@ def test_the_filter_window_s_lists_are_understood(tmp_path, key, group):
 )
 def test_garbage_of_the_filter_window_is_refused_by_name(overrides, items, name):
     with pytest.raises(UsageError, match=name):
-        FramePlan.from_gui(overrides, items)
+        read_plan(overrides, items)
 
 
 def test_the_run_follows_the_filter_window(nights, tmp_path):
     lights = nights(SMALL)
     files = sorted(lights.iterdir())
     groups = [[{"path": str(files[0])}, {"path": str(files[2])}], [{"path": str(files[1])}]]
-    plan = FramePlan.from_gui({"preplan_master_groups": groups}, [{"path": str(path)} for path in files[:3]])
+    plan = read_plan({"preplan_master_groups": groups}, [{"path": str(path)} for path in files[:3]])
     report = stack(lights, tmp_path / "out", plan=plan).report
     panel = {row["name"]: row["panel"] for row in report["frames"]}
     assert panel == {files[0].name: 1, files[2].name: 1, files[1].name: 2}
-    gone = FramePlan.from_gui(None, [str(files[0]), str(lights / "gone.fit")])
+    gone = read_plan(None, [str(files[0]), str(lights / "gone.fit")])
     report = stack(lights, tmp_path / "out", plan=gone).report
     assert any("gone.fit is set aside" in text for text in report["warnings"]) and len(report["frames"]) == 1
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from small_scene import OPTIONS
 
-from zemosaic_backend import BackendSwitch, open_cuda, trial, uncontracted
+from zemosaic_pipeline.pixels.backend_cuda import open_cuda, trial, uncontracted
+from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def kernels(monkeypatch):
     from numba.cuda import dispatcher
     from numba.cuda.cudadrv import nvvm
 
-    import zemosaic_kernels
+    from zemosaic_pipeline.pixels import kernels
 
     try:
         nvvm.NVVM()
@@ -29,7 +30,7 @@ def kernels(monkeypatch):
         pytest.skip(f"no CUDA compiler: {error}")
     functions = {}
     monkeypatch.setattr(cuda, "jit", lambda **options: lambda f: functions.setdefault(f.__name__, f))
-    zemosaic_kernels.cuda_kernels(cuda)
+    kernels.cuda_kernels(cuda)
     monkeypatch.undo()
     # device functions are compiled for the card at hand; pretend that there is one
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: type("Card", (), {"compute_capability": (7, 5)}))

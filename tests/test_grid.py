@@ -10,20 +10,19 @@ from astropy.wcs import WCS, DistortionLookupTable
 from astropy.wcs.utils import pixel_to_pixel, proj_plane_pixel_scales
 from reproject.mosaicking import find_optimal_celestial_wcs
 
-from zemosaic_demo import add_sip, tangent_wcs
-from zemosaic_fits import array_tile
-from zemosaic_grid import (
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.fits.tile import array_tile
+from zemosaic_pipeline.resample.mesh import (
     MESH_STEP,
     MESH_TOLERANCE,
-    OutputGrid,
-    choose_output_grid,
     coordinate_mesh,
     footprint_rect,
     mesh_positions,
     source_rows,
 )
-from zemosaic_settings import Settings
-from zemosaic_utils import UsageError
+from zemosaic_pipeline.resample.output_grid import OutputGrid, choose_output_grid
+from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.synthetic.panels import add_sip, tangent_wcs
 
 SHAPE = (240, 320)
 CENTRE = (83.8, -5.4)

@@ -1,4 +1,4 @@
-"""zemosaic_headers: any WCS against astropy's own, frame counts, files that hold only a header."""
+"""zemosaic_pipeline.fits.headers: any WCS against astropy's own, frame counts, files that hold only a header."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from fits_samples import H, W, celestial_header, pixels, save
 
-from zemosaic_fits import open_tile
-from zemosaic_headers import looks_stacked, read_wcs_file
-from zemosaic_utils import UsageError
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.fits.headers import looks_stacked, read_wcs_file
+from zemosaic_pipeline.fits.tile import open_tile
 
 SIP = {"A_ORDER": 2, "A_2_0": 1e-4, "B_ORDER": 2, "B_0_2": -2e-4, "A_1_1": 3e-5}
 CD = {"CD1_1": 8e-4, "CD1_2": 5e-4, "CD2_1": -5e-4, "CD2_2": 8e-4}

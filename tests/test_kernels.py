@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, special
 
-import zemosaic_combine as how
-import zemosaic_kernels as k
-import zemosaic_loops as loops
-from zemosaic_backend import flat
-from zemosaic_combine_loops import combine_layers
-from zemosaic_reproject import CoaddOptions, winsorized_spread
+from zemosaic_pipeline.pixels import combine as how
+from zemosaic_pipeline.pixels import cpu_loops as loops
+from zemosaic_pipeline.pixels import kernels as k
+from zemosaic_pipeline.pixels.backend_cpu import flat
+from zemosaic_pipeline.pixels.cpu_combine import combine_layers
+from zemosaic_pipeline.resample.options import CoaddOptions, winsorized_spread
 
 NO_ALPHA = np.ones((1, 1, 1), np.float32)
 NO_MAP = np.ones((1, 1), np.float32)
@@ -444,7 +444,7 @@ def test_code_kept_on_disk_is_forgotten_with_what_it_was_made_of(tmp_path):
     """numba alone would keep a loop whose own file has not changed."""
     definition = "from numba.extending import register_jitable\n@register_jitable\ndef value():\n    return {}\n"
     (tmp_path / "loop.py").write_text(
-        "import definition\nfrom definition import value\nfrom zemosaic_compile import compiled\n"
+        "import definition\nfrom definition import value\nfrom zemosaic_pipeline.pixels.numba_cache import compiled\n"
         "@compiled(definition)\ndef loop():\n    return value()\nprint(loop(), sum(loop.stats.cache_hits.values()))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(how.__file__).parent)])}

@@ -13,8 +13,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from scipy.ndimage import convolve
 
-from zemosaic_demo import tangent_wcs
-from zemosaic_night import (
+from zemosaic_pipeline.synthetic.night import (
     DEMO,
     Night,
     expected,
@@ -26,7 +25,8 @@ from zemosaic_night import (
     write_calibration,
     write_night,
 )
-from zemosaic_night_stars import field_stars
+from zemosaic_pipeline.synthetic.night_stars import field_stars
+from zemosaic_pipeline.synthetic.panels import tangent_wcs
 
 SMALL = Night(
     rows=1, columns=2, frames=5, shape=(560, 400), scale=4.78, hot=300, warm=0, trails=2, bad_frames=False, clouds=0.02

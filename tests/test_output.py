@@ -1,4 +1,4 @@
-"""zemosaic_output: what astropy reads back, and what failures leave."""
+"""zemosaic_pipeline.fits.writer: what astropy reads back, and what failures leave."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from astropy.io import fits
 from fits_samples import IMAGE, H, W, celestial_header, pixels, save
 
-from zemosaic_output import MosaicWriter
-from zemosaic_utils import RunError
+from zemosaic_pipeline.errors import RunError
+from zemosaic_pipeline.fits.writer import MosaicWriter
 
 
 def blocks(h, w, size):

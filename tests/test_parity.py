@@ -19,15 +19,21 @@ from astropy.io import fits
 from fake_cuda import PACES, Card, CUDARuntimeError, OutOfMemoryError
 from small_scene import OPTIONS
 
-import zemosaic_backend
-from zemosaic_backend import BackendSwitch, CpuBackend, DeviceFailure
-from zemosaic_demo import Layout, make_panels, make_sky, mosaic_shape, write_panels
-from zemosaic_fits import array_tile
-from zemosaic_grid import exact_mesh
-from zemosaic_measure import measure_tile, overlap_counts
+import zemosaic_photometry
 from zemosaic_photometry import coverage_gain, coverage_scale, identity_solution
-from zemosaic_reproject import CoaddOptions, coadd
-from zemosaic_tiles import PixelStore, place_tiles, survey_tile
+from zemosaic_pipeline.fits.tile import array_tile
+from zemosaic_pipeline.pixels import backend_cuda
+from zemosaic_pipeline.pixels.backend_base import DeviceFailure
+from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
+from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
+from zemosaic_pipeline.resample.mesh import exact_mesh
+from zemosaic_pipeline.resample.options import CoaddOptions
+from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.placed import place_tiles
+from zemosaic_pipeline.resample.survey import survey_tile
+from zemosaic_pipeline.synthetic.panels import Layout, make_panels, make_sky, mosaic_shape, write_panels
 from zemosaic_worker import run_hierarchical_mosaic
 
 
@@ -82,8 +88,8 @@ def test_threshold_of_the_mission(card, scene, phase5, on_cpu):
 
 @pytest.mark.parametrize("pace", PACES)
 def test_no_buffer_is_used_again_before_its_time(monkeypatch, pace, scenes, phase5, on_cpu, same):
-    monkeypatch.setattr(zemosaic_backend, "STAGED_BYTES", 0)
-    monkeypatch.setattr(zemosaic_backend, "KEPT_BYTES", 0)
+    monkeypatch.setattr(backend_cuda, "STAGED_BYTES", 0)
+    monkeypatch.setattr(backend_cuda, "KEPT_BYTES", 0)
     Card(pace).install(monkeypatch)
     for options in (OPTIONS["mean"], OPTIONS["median"]):
         same(phase5(gpu_switch(), scenes["weights"], options), on_cpu(scenes["weights"], options))
@@ -105,7 +111,7 @@ def test_copies_run_ahead_of_kernels(monkeypatch, scenes, phase5):
 def test_another_card_and_another_thread(monkeypatch, scenes, phase5, on_cpu, same):
     card = Card(names=("Toy 1000", "Toy 2000"))
     card.install(monkeypatch)
-    switch = BackendSwitch("on", opener=lambda: zemosaic_backend.open_cuda(0, selector="toy 2"))
+    switch = BackendSwitch("on", opener=lambda: backend_cuda.open_cuda(0, selector="toy 2"))
     switch.start()
     assert switch.reason == "Toy 2000"
     with ThreadPoolExecutor(1) as pool:
@@ -114,7 +120,7 @@ def test_another_card_and_another_thread(monkeypatch, scenes, phase5, on_cpu, sa
 
 
 def test_long_launches_are_cut(monkeypatch, card, scenes, phase5, on_cpu, same):
-    monkeypatch.setattr(zemosaic_backend, "MAX_LAUNCH_PIXELS", 600)
+    monkeypatch.setattr(backend_cuda, "MAX_LAUNCH_PIXELS", 600)
     for options in (OPTIONS["mean"], OPTIONS["winsorized"]):
         same(phase5(gpu_switch(), scenes["plain"], options), on_cpu(scenes["plain"], options))
 
@@ -187,8 +193,9 @@ from types import SimpleNamespace
 import numpy as np
 from numba import cuda
 from numba.cuda.simulator.kernel import _get_kernel_context
-from zemosaic_backend import CpuBackend, trial
-from zemosaic_kernels import cuda_kernels
+from zemosaic_pipeline.pixels.backend_base import trial
+from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.pixels.kernels import cuda_kernels
 
 # the simulator gives a kernel its thread number through the kernel's globals; ours hold `cuda` in a closure
 kernels = cuda_kernels(SimpleNamespace(jit=cuda.jit, grid=lambda n: _get_kernel_context().grid(n)))
@@ -208,7 +215,7 @@ for ours, expected in zip(trial(Simulated()), trial(CpuBackend(compiled=False)),
     assert np.array_equal(ours, expected) and ours.any()
 """
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
-    root = Path(zemosaic_backend.__file__).parent
+    root = Path(zemosaic_photometry.__file__).parent
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -269,9 +276,9 @@ def test_g_coordinates_that_are_not_finite_sample_nothing(card, scenes):
         mesh = replace(item.mesh, nodes=np.full_like(item.mesh.nodes, bad))
         height, width = item.rect[1] - item.rect[0], item.rect[3] - item.rect[2]
         for backend in (gpu_switch().gpu, CpuBackend()):
-            from zemosaic_reproject import Part
+            from zemosaic_pipeline.pixels.backend_base import TilePart
 
-            part = Part(
+            part = TilePart(
                 (0, 0), item.tile.shape, 0, np.ones((1, 1, 1), np.float32), item.map(), 8.0, 0.0, 1.0, mesh.arguments,
                 (item.rect[0], item.rect[2]), item.rect,
             )  # fmt: skip
@@ -386,7 +393,7 @@ def run_with_fault(phase5, scene, options, said):
 def calls_of_a_run(phase5, scenes):
     """How often a run without fault calls the device, by kind."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(zemosaic_backend, "STAGED_BYTES", 0)
+        monkeypatch.setattr(backend_cuda, "STAGED_BYTES", 0)
         card = Card("late kernels")
         card.install(monkeypatch)
         run_with_fault(phase5, scenes["weights"], OPTIONS["median"], [])
@@ -402,7 +409,7 @@ def test_a_fault_at_any_call(monkeypatch, kind, where, calls_of_a_run, scenes, p
         "middle": (calls + 1) // 2,
         "last but one": max(calls - 9, 1) if kind == "any" else max(calls - 2, 1),
     }
-    monkeypatch.setattr(zemosaic_backend, "STAGED_BYTES", 0)
+    monkeypatch.setattr(backend_cuda, "STAGED_BYTES", 0)
     card = Card("late kernels")
     card.install(monkeypatch)
     error = OutOfMemoryError("out of memory") if kind == "allocate" else CUDARuntimeError("cudaErrorLaunchFailure: no")

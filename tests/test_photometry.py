@@ -16,11 +16,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 import zemosaic_photometry
-from zemosaic_deming import clustered_deviation, fit_overlap
-from zemosaic_pairs import PairsInPassing, connected_groups, make_overlap
 from zemosaic_photometry import (
-    CoarseTile,
-    PairRelation,
     PhotometryOptions,
     apply_photometric_normalization,
     black_point,
@@ -28,9 +24,17 @@ from zemosaic_photometry import (
     coverage_gain,
     coverage_scale,
     identity_solution,
-    measure_pairs,
     relative_coverage_gains,
     rgb_balance_gains,
+)
+from zemosaic_pipeline.overlaps.errors_in_variables import clustered_deviation, fit_overlap
+from zemosaic_pipeline.overlaps.pairs import (
+    CoarseTile,
+    PairRelation,
+    PairsInPassing,
+    connected_groups,
+    make_overlap,
+    measure_pairs,
 )
 
 NOISE = 3.0
@@ -424,7 +428,7 @@ def test_connected_groups_are_scipys(count, pairs):
 
 def test_the_model_is_at_hand_without_scipy():
     """Which takes a fifth of a second to import."""
-    code = "import sys, zemosaic_mosaic; sys.exit(any(name.startswith('scipy') for name in sys.modules))"
+    code = "import sys, zemosaic_pipeline.phases.phase5_normalise; sys.exit(any(name.startswith('scipy') for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

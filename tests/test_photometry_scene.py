@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zemosaic_demo import Layout
 from zemosaic_photometry import compute_photometric_gains_and_offsets
+from zemosaic_pipeline.synthetic.panels import Layout
 
 SMALL = Layout(rows=2, columns=2, shape=(240, 320), overlap=0.25)
 

@@ -1,4 +1,4 @@
-"""zemosaic_preview: binning in blocks, the stretch, the PNG."""
+"""zemosaic_pipeline.fits.preview: binning in blocks, the stretch, the PNG."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import zemosaic_preview as preview
-from zemosaic_utils import RunError
+from zemosaic_pipeline.errors import RunError
+from zemosaic_pipeline.fits import preview
 
 
 def brute_force(mosaic, factor):

@@ -39,12 +39,13 @@ from gui_start import (
 from small_scene import LOG, digests, product, write_scene
 
 import zemosaic_worker
-from zemosaic_demo import Layout
-from zemosaic_messages import Channel, Herald, LastState, plain
-from zemosaic_night import Night, write_night
-from zemosaic_process import read_order, serve
-from zemosaic_progress import STAGE_SHARES, LineLimit, TimeLeft, clock_text
-from zemosaic_utils import Cancelled, RunError, UsageError
+from zemosaic_pipeline.errors import Cancelled, RunError, UsageError
+from zemosaic_pipeline.gui.line_limit import LineLimit
+from zemosaic_pipeline.gui.messages import Channel, Herald, LastState, plain
+from zemosaic_pipeline.gui.process import read_order, serve
+from zemosaic_pipeline.host.progress import STAGE_SHARES, TimeLeft, clock_text
+from zemosaic_pipeline.synthetic.night import Night, write_night
+from zemosaic_pipeline.synthetic.panels import Layout
 from zemosaic_worker import run_hierarchical_mosaic, run_hierarchical_mosaic_process
 
 ROOT = Path(zemosaic_worker.__file__).parent
@@ -121,6 +122,7 @@ def test_the_program_folder_may_be_a_package(panels, tmp_path):
     (package / "__init__.py").touch()
     for module in ROOT.glob("zemosaic_*.py"):
         shutil.copy(module, package)
+    shutil.copytree(ROOT / "zemosaic_pipeline", package / "zemosaic_pipeline")
     shutil.copy(ROOT / "tests/gui_start.py", package / "window.py")
     shutil.copytree(ROOT / "tests/data", package / "data")
     (package / "run_zemosaic.py").write_text(
@@ -129,7 +131,8 @@ def test_the_program_folder_may_be_a_package(panels, tmp_path):
         "import window, zemosaic_worker\n"
         "if __name__ == '__main__':\n"
         "    folder = Path(sys.argv[1])\n"
-        "    assert Path(zemosaic_worker.__file__).parent == folder\n"
+        "    import zemosaic_pipeline\n"
+        "    assert Path(zemosaic_worker.__file__).parent == Path(zemosaic_pipeline.__file__).parents[1] == folder\n"
         "    run = window.start(**window.snapshot(Path(sys.argv[2]), folder.parent / 'out')).listen_to_the_end()\n"
         "    window.check_protocol(run.messages, 'done')\n"
     )
@@ -244,7 +247,7 @@ def idle(source: Path, output: Path, **options: Any) -> None:
         (RunError("disk full"), 1, "^disk full$"),
         (MemoryError(), 1, "memory_budget"),
         (ModuleNotFoundError("gone", name="numba"), 1, "package numba is missing"),
-        (ModuleNotFoundError("gone", name="zemosaic_tiles"), 1, "an error in the program"),
+        (ModuleNotFoundError("gone", name="zemosaic_pipeline.resample.placed"), 1, "an error in the program"),
         (SystemExit(0), 1, "an error in the program"),
     ],
 )
@@ -707,7 +710,7 @@ def test_clock_text():
 def test_the_state_file_is_written_at_most_once_a_second(tmp_path, monkeypatch):
     state, clock = LastState(), Clock()
     state.folder = tmp_path
-    monkeypatch.setattr("zemosaic_messages.time.monotonic", clock)
+    monkeypatch.setattr("zemosaic_pipeline.gui.messages.time.monotonic", clock)
 
     def current() -> int:
         return json.loads((tmp_path / STATE).read_text())["current"]

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from zemosaic_calibrate import Calibration, load_calibration
-from zemosaic_frame_header import PATTERNS
-from zemosaic_raw import open_frame
-from zemosaic_utils import UnusableFile
+from zemosaic_pipeline.errors import UnusableFile
+from zemosaic_pipeline.raw.calibration import Calibration, load_calibration
+from zemosaic_pipeline.raw.frame import open_frame
+from zemosaic_pipeline.raw.header import PATTERNS
 
 SEESTAR = Path(__file__).parents[1] / "../shared/data/ngc7023_seestar"
 PLAIN = Calibration(debayer_method="bilinear", hot_pixel_sigma=0)
@@ -170,7 +170,7 @@ def test_strips_are_the_whole_bit_by_bit(strange_frame, cuts, method, sigma, chu
     assert np.isnan(expected).any() and np.isfinite(expected).any()
     edges = [0, *sorted(cuts), 41]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zemosaic_raw._CHUNK_ROWS", chunk)
+        patch.setattr("zemosaic_pipeline.raw.frame._CHUNK_ROWS", chunk)
         strips = [frame.pixels.image.read(a, b) for a, b in pairwise(edges)]
     np.testing.assert_array_equal(np.concatenate(strips, axis=1), expected)
 

@@ -14,22 +14,18 @@ from reproject import reproject_interp
 from reproject.mosaicking import reproject_and_coadd as reference_coadd
 from scipy import ndimage
 
-import zemosaic_fits
-from zemosaic_backend import CpuBackend
-from zemosaic_demo import Layout, make_panels, make_sky, mosaic_shape, tangent_wcs
-from zemosaic_fits import array_tile, open_tile
-from zemosaic_grid import OutputGrid
 from zemosaic_photometry import identity_solution
-from zemosaic_reproject import (
-    COMBINE,
-    CoaddOptions,
-    block_bytes,
-    coadd,
-    plan_blocks,
-    reproject_and_coadd,
-    run_parallel,
-)
-from zemosaic_tiles import PixelStore, place_tiles
+from zemosaic_pipeline.fits.tile import Tile, array_tile, open_tile
+from zemosaic_pipeline.host.threads import run_parallel
+from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.reproject_compat.drop_in import reproject_and_coadd
+from zemosaic_pipeline.resample.blocks import block_bytes, plan_blocks
+from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.options import COMBINE, CoaddOptions
+from zemosaic_pipeline.resample.output_grid import OutputGrid
+from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.placed import place_tiles
+from zemosaic_pipeline.synthetic.panels import Layout, make_panels, make_sky, mosaic_shape, tangent_wcs
 
 LAYOUTS = {
     "plain": Layout(rows=2, columns=2, shape=(90, 120), overlap=0.25),
@@ -274,8 +270,8 @@ def test_store_reads_a_plain_file_again_unless_a_pass_would_read_it_often(border
     fits.writeto(tmp_path / "plain.fits", panel.data, panel.wcs.to_header())
     plain, other = open_tile(tmp_path / "plain.fits"), array_tile(panel.data, panel.wcs)
     asked = []
-    read = zemosaic_fits.Tile.read_rows
-    monkeypatch.setattr(zemosaic_fits.Tile, "read_rows", lambda *a: asked.append(a[1:]) or read(*a))
+    read = Tile.read_rows
+    monkeypatch.setattr(Tile, "read_rows", lambda *a: asked.append(a[1:]) or read(*a))
     for tile, readings, reads in ((plain, 1.0, 2), (plain, 9.0, 1), (other, 1.0, 1)):
         store = PixelStore(10**8)
         asked.clear()

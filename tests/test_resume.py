@@ -19,17 +19,18 @@ import numpy as np
 import pytest
 from small_scene import digests, long_ago, product, write_scene
 
-import zemosaic_canvas
-import zemosaic_resume
 import zemosaic_worker
-from zemosaic_demo import Layout
-from zemosaic_fingerprint import ACTS_IN, checksum, fingerprint, pack, settings_of, unpack
-from zemosaic_output import MosaicWriter
-from zemosaic_preview import PreviewAccumulator
-from zemosaic_reproject import without
-from zemosaic_resume import FOLDER, Checkpoints
-from zemosaic_settings import Settings
-from zemosaic_utils import UsageError
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.files import checksum, pack, unpack
+from zemosaic_pipeline.fits.preview import PreviewAccumulator
+from zemosaic_pipeline.fits.writer import MosaicWriter
+from zemosaic_pipeline.phases import phase5_canvas
+from zemosaic_pipeline.resample.blocks import without
+from zemosaic_pipeline.resume import checkpoints
+from zemosaic_pipeline.resume.checkpoints import FOLDER, Checkpoints
+from zemosaic_pipeline.resume.fingerprint import ACTS_IN, fingerprint, settings_of
+from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.synthetic.panels import Layout
 from zemosaic_worker import run_hierarchical_mosaic
 
 #: Large enough that 64 threads, which share the memory budget, cut it into some dozens of blocks.
@@ -72,7 +73,7 @@ class Stopped(Exception):
 def stop_after(monkeypatch, blocks: int) -> None:
     """Let the run crash once so many blocks are finished, in both passes together."""
     count, lock = [0], threading.Lock()
-    real = zemosaic_canvas.Canvas.put
+    real = phase5_canvas.Canvas.put
 
     def put(self, *block):
         with lock:
@@ -81,7 +82,7 @@ def stop_after(monkeypatch, blocks: int) -> None:
                 raise Stopped
         real(self, *block)
 
-    monkeypatch.setattr(zemosaic_canvas.Canvas, "put", put)
+    monkeypatch.setattr(phase5_canvas.Canvas, "put", put)
 
 
 def stopped(panels: Path, out: Path, blocks: int = 12, **settings) -> None:
@@ -150,7 +151,7 @@ def test_a_run_that_stops_in_the_second_pass_takes_the_finished_science_mosaic_b
         def stop(*arguments, **more):
             raise Stopped
 
-        patch.setattr(sys.modules["zemosaic_aesthetic"], "aesthetic_solution", stop)
+        patch.setattr(sys.modules["zemosaic_pipeline.phases.phase5_aesthetic"], "aesthetic_solution", stop)
         with pytest.raises(Stopped):
             run_hierarchical_mosaic(scene.panels, tmp_path, **SETTINGS)
     assert product(tmp_path, "science").read_bytes() == scene.whole["science"], "it is complete and stays"
@@ -223,8 +224,8 @@ def change_pixels(path: Path, times: tuple[int, int] | None = None) -> None:
 @pytest.fixture
 def digested(monkeypatch):
     """Digests of the inputs at once and without rest."""
-    monkeypatch.setattr(zemosaic_resume, "DIGESTS_AFTER", 0.0)
-    monkeypatch.setattr(zemosaic_resume, "DIGEST_IDLE", 0.0)
+    monkeypatch.setattr(checkpoints, "DIGESTS_AFTER", 0.0)
+    monkeypatch.setattr(checkpoints, "DIGEST_IDLE", 0.0)
 
 
 @pytest.mark.parametrize("seconds", [-3600, -0.5])
@@ -368,7 +369,7 @@ def test_a_disk_that_takes_no_pieces_does_not_stop_the_run(scene, tmp_path, monk
     def full(handle, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(zemosaic_resume, "_write_all", full)
+    monkeypatch.setattr(checkpoints, "_write_all", full)
     found = resumed(scene.panels, tmp_path)
     assert found.log.count("is not kept for a resume") == 1
     assert mosaics(tmp_path) == scene.whole and names(tmp_path) == scene.names
@@ -458,7 +459,7 @@ def test_what_is_left_to_do_covers_every_pixel_once(seed):
 def test_a_mosaic_in_the_making_is_taken_up_as_it_was_left(tmp_path, seed, interleaved):
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(3, 40, 50)).astype(np.float32)
-    header, target, part = zemosaic_canvas.fits.Header(), tmp_path / "m.fits", tmp_path / "m.part"
+    header, target, part = phase5_canvas.fits.Header(), tmp_path / "m.fits", tmp_path / "m.part"
     blocks = random_cut(image.shape[1:], rng)
 
     def writer(resume):
@@ -531,7 +532,7 @@ def test_arrays_come_back_to_the_bit():
 def test_small_and_large_pieces_are_kept_from_run_to_run(tmp_path):
     said: list[tuple[str, str]] = []
     first = Checkpoints(tmp_path / FOLDER, "auto")
-    with zemosaic_resume.ThreadPoolExecutor(8) as pool:
+    with checkpoints.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: first.save("solve", f"frame {n}", "print", b"%d" % n * n), range(300)))
     path = first.store("stack", "panel", "print", lambda path: path.write_bytes(b"pixels"), ".fits")
     assert path.suffix == ".fits" and path.read_bytes() == b"pixels"

@@ -1,4 +1,4 @@
-"""zemosaic_scan: which files of a folder are panels, and why the others are not."""
+"""zemosaic_pipeline.fits.admission: which files of a folder are panels, and why the others are not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from astropy.io import fits
 from fits_samples import IMAGE, H, W, celestial_header, pixels, save
 
-from zemosaic_scan import find_fits_files, scan_tiles
-from zemosaic_utils import UsageError
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.fits.admission import scan_tiles
+from zemosaic_pipeline.fits.find import find_fits_files
 
 
 def test_find_fits_files(tmp_path):

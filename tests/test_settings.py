@@ -11,17 +11,11 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import zemosaic_foreign_keys as zfk
-import zemosaic_settings_table as zst
-from zemosaic_settings import (
-    GUI_KEYS,
-    SETTINGS,
-    Settings,
-    load_config,
-    parse_overrides,
-)
-from zemosaic_utils import UsageError
-from zemosaic_values import format_size, parse_size
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.settings import docs as zst
+from zemosaic_pipeline.settings import gui_keys as zfk
+from zemosaic_pipeline.settings.settings import GUI_KEYS, SETTINGS, Settings, load_config, parse_overrides
+from zemosaic_pipeline.settings.values import format_size, parse_size
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "tests/data/gui_kwargs.json").read_text(encoding="utf-8"))["kwargs"]
@@ -381,4 +375,4 @@ def test_readme_is_up_to_date():
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if zst.SETTINGS_BEGIN not in text:
         pytest.skip("README.md has no settings table yet")
-    assert zst.update_markdown(text) == text, "run: python -m zemosaic_settings_table --update README.md"
+    assert zst.update_markdown(text) == text, "run: python -m zemosaic_pipeline.settings.docs --update README.md"

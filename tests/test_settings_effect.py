@@ -18,21 +18,19 @@ from astropy.wcs.utils import proj_plane_pixel_scales
 from PIL import Image
 from small_scene import LAYOUT, LOG, digests, pixels, product, small_sky, write_scene
 
-import zemosaic_backend
-import zemosaic_cluster
-import zemosaic_frames
-import zemosaic_peer
-import zemosaic_reproject
-import zemosaic_solve
-import zemosaic_telemetry
-import zemosaic_tiles
-from zemosaic_demo import Layout, make_panels, tangent_wcs, write_panels
-from zemosaic_night import Night, night_truth, panel_centre, write_calibration, write_night
-from zemosaic_settings import Settings
-from zemosaic_solve import SolveError
-from zemosaic_solver_parts import SolverMissing
-from zemosaic_utils import UsageError
-from zemosaic_worker import MosaicResult, run_hierarchical_mosaic
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.host import telemetry, threads
+from zemosaic_pipeline.phases import clustering, phase1_solve
+from zemosaic_pipeline.phases.result import MosaicResult
+from zemosaic_pipeline.pixels import backend_base, backend_cpu, backend_cuda
+from zemosaic_pipeline.platesolve import choose
+from zemosaic_pipeline.platesolve.base import SolveError, SolverMissing
+from zemosaic_pipeline.reproject_compat import engine as reproject_engine
+from zemosaic_pipeline.resample import coadd, pixel_store
+from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.synthetic.night import Night, night_truth, panel_centre, write_calibration, write_night
+from zemosaic_pipeline.synthetic.panels import Layout, make_panels, tangent_wcs, write_panels
+from zemosaic_worker import run_hierarchical_mosaic
 
 # ------------------------------------------------------------------------------------------------------- the scenes
 
@@ -277,7 +275,7 @@ def solver(monkeypatch) -> list:
         asked.append(hints)
         raise SolveError("Nothing was found.")
 
-    monkeypatch.setattr(zemosaic_frames, "choose_solver", lambda settings, warn: SimpleNamespace(solve=solve))
+    monkeypatch.setattr(phase1_solve, "choose_solver", lambda settings, warn: SimpleNamespace(solve=solve))
     return asked
 
 
@@ -303,7 +301,7 @@ def looked_for(monkeypatch) -> list[tuple]:
         return find
 
     for name in ("find_astap", "find_astrometry_net"):
-        monkeypatch.setattr(zemosaic_solve, name, nothing(name))
+        monkeypatch.setattr(choose, name, nothing(name))
     return calls
 
 
@@ -402,7 +400,7 @@ def max_raw_per_master_tile(run):
 
 @check
 def auto_limit_frames_per_master_tile(run, monkeypatch):
-    monkeypatch.setattr(zemosaic_cluster, "AUTO_CAP", 3)
+    monkeypatch.setattr(clustering, "AUTO_CAP", 3)
     assert panels(run("lights", fresh=True, reject_bad_frames=False)) == 2
     assert panels(run("lights", reject_bad_frames=False, auto_limit_frames_per_master_tile=False)) == 1
 
@@ -542,8 +540,8 @@ def reject_bad_tiles(run):
 @check
 def engine(run, monkeypatch):
     calls = []
-    real = zemosaic_peer.coadd_with_reproject
-    monkeypatch.setattr(zemosaic_peer, "coadd_with_reproject", lambda *a: calls.append(1) or real(*a))
+    real = reproject_engine.coadd_with_reproject
+    monkeypatch.setattr(reproject_engine, "coadd_with_reproject", lambda *a: calls.append(1) or real(*a))
     native, peer = run(feather_px=0), run(feather_px=0, engine="reproject", fresh=True)
     assert calls == [1] and "engine reproject" in str(peer.header()["HISTORY"])
     seen = native.image("coverage") > 0
@@ -707,9 +705,9 @@ def opened(monkeypatch) -> list[tuple]:
 
     def no_card(*arguments):
         calls.append(arguments)
-        raise zemosaic_backend.NoGpuSupport("no card")
+        raise backend_base.NoGpuSupport("no card")
 
-    monkeypatch.setattr(zemosaic_backend, "open_cuda", no_card)
+    monkeypatch.setattr(backend_cuda, "open_cuda", no_card)
     return calls
 
 
@@ -749,21 +747,21 @@ def spy(monkeypatch, place: Any, name: str) -> list[SimpleNamespace]:
 @check
 def parallel_gpu_vram_fraction(run, monkeypatch):
     """The backend is asked for this share of its free memory, and its answer bounds the blocks."""
-    asked, planned = [], spy(monkeypatch, zemosaic_reproject, "plan_blocks")
+    asked, planned = [], spy(monkeypatch, coadd, "plan_blocks")
 
     def free_bytes(self, fraction):
         asked.append(fraction)
         return int(fraction * 1e6)
 
-    monkeypatch.setattr(zemosaic_backend.CpuBackend, "free_bytes", free_bytes)
+    monkeypatch.setattr(backend_cpu.CpuBackend, "free_bytes", free_bytes)
     run(parallel_gpu_vram_fraction=0.5, num_processing_workers=1, gpu="off", fresh=True)
     assert asked == [0.5] and planned[0].args[3] == 500_000
 
 
 @check
 def memory_budget(run, monkeypatch):
-    planned = spy(monkeypatch, zemosaic_reproject, "plan_blocks")
-    kept = spy(monkeypatch, zemosaic_tiles.PixelStore, "__init__")
+    planned = spy(monkeypatch, coadd, "plan_blocks")
+    kept = spy(monkeypatch, pixel_store.PixelStore, "__init__")
     one, two = (run(memory_budget=size, fresh=True) for size in ("100MB", "1GB"))
     assert planned[1].args[3] == pytest.approx(10 * planned[0].args[3], rel=1e-3)
     assert kept[1].args[1] == pytest.approx(10 * kept[0].args[1], rel=1e-3)
@@ -772,9 +770,9 @@ def memory_budget(run, monkeypatch):
 
 @check
 def num_processing_workers(run, monkeypatch):
-    threads = spy(monkeypatch, zemosaic_reproject, "ThreadPoolExecutor")
+    pools = spy(monkeypatch, threads, "ThreadPoolExecutor")
     run(num_processing_workers=3, gpu="off", fresh=True)
-    assert threads and {call.args[0] for call in threads} == {3}
+    assert pools and {call.args[0] for call in pools} == {3}
 
 
 @check
@@ -856,7 +854,7 @@ def enable_resource_telemetry(run):
 
 @check
 def resource_telemetry_interval_sec(run, monkeypatch):
-    monitors = spy(monkeypatch, zemosaic_telemetry, "ResourceMonitor")
+    monitors = spy(monkeypatch, telemetry, "ResourceMonitor")
     run(enable_resource_telemetry=True, resource_telemetry_interval_sec=0.25, fresh=True)
     assert monitors[0].options["interval_sec"] == 0.25
 

@@ -21,12 +21,11 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from index_stars import index_file, stars_near
 
-import zemosaic_astap
-import zemosaic_astrometry_net
-from zemosaic_settings import Settings
-from zemosaic_solve import Hints, SolveError, choose_solver
-from zemosaic_solver_parts import SolverMissing, run_program, wcs_header
-from zemosaic_utils import Cancelled
+from zemosaic_pipeline.errors import Cancelled
+from zemosaic_pipeline.platesolve import astap, astrometry_net
+from zemosaic_pipeline.platesolve.base import Hints, SolveError, SolverMissing, run_program, wcs_header
+from zemosaic_pipeline.platesolve.choose import choose_solver
+from zemosaic_pipeline.settings.settings import Settings
 
 SHAPE = (1920, 1080)
 SUBS = sorted((Path(__file__).parents[2] / "shared/data/ngc7023_seestar").glob("*.fit"))
@@ -88,7 +87,7 @@ def solve_field():
     """The real solve-field with its index files, or a loud skip."""
     index_file()
     try:
-        return zemosaic_astrometry_net.find_astrometry_net("", 30.0)
+        return astrometry_net.find_astrometry_net("", 30.0)
     except SolverMissing as reason:
         pytest.skip(f"NO SOLVE-FIELD, plate solving is NOT tested: {reason}")
 
@@ -215,8 +214,8 @@ def assert_dies(pid):
 def hanging_solvers(folder):
     program = make_program(folder, "solver", HANGS)
     return program, [
-        zemosaic_astap.Astap(program, None, 2, 1.0),
-        zemosaic_astrometry_net.AstrometryNet(program, None, folder, 1.0),
+        astap.Astap(program, None, 2, 1.0),
+        astrometry_net.AstrometryNet(program, None, folder, 1.0),
     ]
 
 
@@ -327,7 +326,7 @@ def fake_astap(folder, ini, wcs=None, downsample=2):
         (folder / "recorded.ini").write_bytes(ini.encode("latin-1"))
     if wcs is not None:
         (folder / "recorded.wcs").write_bytes(wcs)
-    return zemosaic_astap.Astap(program, folder, downsample, 20.0)
+    return astap.Astap(program, folder, downsample, 20.0)
 
 
 @pytest.mark.parametrize("kind", WCS_FILES)
@@ -389,7 +388,7 @@ def test_the_real_astap_refuses_without_a_star_database(tmp_path):
     if program is None:
         pytest.skip("NO ASTAP is installed: apt-get install astap-cli")
     (tmp_path / "empty").mkdir()
-    solver = zemosaic_astap.Astap(Path(program), tmp_path / "empty", 2, 20.0)
+    solver = astap.Astap(Path(program), tmp_path / "empty", 2, 20.0)
     image = np.random.default_rng(2).normal(1000, 10, (200, 200)).astype(np.float32)
     with pytest.raises(SolveError, match=r"no star database .* set astap_data_directory_path"):
         solver.solve(lambda: image, NO_STARS, POINTINGS["pointed"][0], tmp_path, never)
@@ -464,8 +463,8 @@ def test_nonsense_is_no_solution(change):
 def bare(monkeypatch):
     """A machine on which no solver is installed."""
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(zemosaic_astap, "_PLACES", ())
-    monkeypatch.setattr(zemosaic_astap, "_DATA_PLACES", ())
+    monkeypatch.setattr(astap, "_PLACES", ())
+    monkeypatch.setattr(astap, "_DATA_PLACES", ())
 
 
 @pytest.fixture
@@ -531,7 +530,7 @@ def test_what_astrometry_local_path_may_be(bare, monkeypatch, tmp_path, kind):
     monkeypatch.setenv("PATH", str(program.parent) if kind in ("indices", "config", "folder with config") else "")
     given = {"executable": program, "folder": program.parent, "bin": tmp_path / "root", "indices": tmp_path / "data"}
     given |= {"config": config, "folder with config": config.parent}
-    solver = zemosaic_astrometry_net.find_astrometry_net(str(given[kind]), 5.0)
+    solver = astrometry_net.find_astrometry_net(str(given[kind]), 5.0)
     assert solver.program == program
     assert solver.index_folder == (tmp_path / "data" if kind == "indices" else None)
     if kind in ("config", "folder with config", "bin"):
@@ -539,7 +538,7 @@ def test_what_astrometry_local_path_may_be(bare, monkeypatch, tmp_path, kind):
 
 
 def test_what_is_missing_of_astrometry_net_is_told_apart(bare, tmp_path):
-    find = zemosaic_astrometry_net.find_astrometry_net
+    find = astrometry_net.find_astrometry_net
     with pytest.raises(SolverMissing, match="solve-field was not found: install"):
         find("", 5.0)
     with pytest.raises(SolverMissing, match="does not exist"):
@@ -556,7 +555,7 @@ def test_a_folder_of_index_files_is_used(solve_field, tmp_path):
     folder = tmp_path / "my index files"
     folder.mkdir()
     (folder / index_file().name).symlink_to(index_file())
-    solver = zemosaic_astrometry_net.find_astrometry_net(str(folder), 20.0)
+    solver = astrometry_net.find_astrometry_net(str(folder), 20.0)
     hints, truth = POINTINGS["pointed"]
     stars = true_stars(truth, seed=4)
     assert rms_pixels(solver.solve(no_image, stars, hints, tmp_path, never).header, truth) < 0.3

@@ -14,9 +14,10 @@ from astropy.io import fits
 from astropy.wcs import WCS, Sip
 from scipy.special import erf
 
-from zemosaic_refine import align_frames
-from zemosaic_starmatch import Affine, fit_affine, moved_wcs, pointing_disagrees, transfer_wcs
-from zemosaic_stars import Stars, find_stars, frame_quality, position_error
+from zemosaic_pipeline.stars.alignment import align_frames
+from zemosaic_pipeline.stars.detection import Stars, find_stars, position_error
+from zemosaic_pipeline.stars.matching import Affine, fit_affine, moved_wcs, pointing_disagrees, transfer_wcs
+from zemosaic_pipeline.stars.quality import frame_quality
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/ngc7023_seestar"
 SHAPE = (1920, 1080)

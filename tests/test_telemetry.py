@@ -1,4 +1,4 @@
-"""zemosaic_telemetry: the monitor, its CSV, the GPU through NVML, the account of the phases."""
+"""zemosaic_pipeline.host.telemetry: the monitor, its CSV, the GPU through NVML, the account of the phases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-import zemosaic_telemetry as telemetry
-from zemosaic_telemetry import PhaseClock, ResourceMonitor, peak_rss_bytes
+from zemosaic_pipeline.host import telemetry
+from zemosaic_pipeline.host.telemetry import PhaseClock, ResourceMonitor, peak_rss_bytes
 
 MB = 2**20
 HEADER = (
@@ -241,9 +241,7 @@ def test_a_driver_that_hangs_holds_up_neither_the_run_nor_the_process(monkeypatc
 
 
 def test_importing_needs_the_standard_library_alone():
-    code = (
-        "import sys; import zemosaic_telemetry; print(sorted({'numpy', 'psutil', 'pynvml', 'cupy'} & set(sys.modules)))"
-    )
+    code = "import sys; import zemosaic_pipeline.host.telemetry; print(sorted({'numpy', 'psutil', 'pynvml', 'cupy'} & set(sys.modules)))"
     folder = Path(telemetry.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import zemosaic_utils as utils
+import zemosaic_utils
+from zemosaic_pipeline import arrays, errors, files
+from zemosaic_pipeline.fits import find
 
 
 def test_atomic_path_replaces_the_target_and_leaves_nothing_else(tmp_path):
     target = tmp_path / "mosaic.fits"
     target.write_bytes(b"old")
-    with utils.atomic_path(target) as part:
+    with files.atomic_path(target) as part:
         assert part.parent == tmp_path and part.name.startswith(".") and part.suffix == ".part"
         assert target.name in part.name and str(os.getpid()) in part.name
         part.write_bytes(b"new")
@@ -30,7 +32,7 @@ def test_atomic_path_replaces_the_target_and_leaves_nothing_else(tmp_path):
 def test_atomic_path_removes_the_part_on_any_exception(tmp_path, error):
     target = tmp_path / "mosaic.fits"
     target.write_bytes(b"old")
-    with pytest.raises(error), utils.atomic_path(target) as part:
+    with pytest.raises(error), files.atomic_path(target) as part:
         part.write_bytes(b"half")
         raise error
     assert target.read_bytes() == b"old"
@@ -41,8 +43,8 @@ def test_atomic_path_names_a_target_that_cannot_be_replaced(tmp_path):
     target = tmp_path / "mosaic.fits"
     target.mkdir()
     with (
-        pytest.raises(utils.RunError, match=r"mosaic\.fits cannot be replaced"),
-        utils.atomic_path(target) as p,
+        pytest.raises(errors.RunError, match=r"mosaic\.fits cannot be replaced"),
+        files.atomic_path(target) as p,
     ):
         p.write_bytes(b"new")
     assert list(tmp_path.iterdir()) == [target]
@@ -58,7 +60,7 @@ def test_write_json_converts_numpy_and_non_finite_numbers(tmp_path):
         "pair": (1, None),
         "names": {"b", "a"},
     }
-    utils.write_json(tmp_path / "r.json", value)
+    files.write_json(tmp_path / "r.json", value)
     assert json.loads((tmp_path / "r.json").read_text("utf-8"), parse_constant=pytest.fail) == {
         "gain": 0.5,
         "1": [0, 1, 2],
@@ -71,19 +73,19 @@ def test_write_json_converts_numpy_and_non_finite_numbers(tmp_path):
 
 
 def test_write_json_refuses_other_objects_and_keeps_the_old_file(tmp_path):
-    utils.write_json(tmp_path / "r.json", {"a": 1})
+    files.write_json(tmp_path / "r.json", {"a": 1})
     with pytest.raises(TypeError, match="object"):
-        utils.write_json(tmp_path / "r.json", {"a": object()})
+        files.write_json(tmp_path / "r.json", {"a": object()})
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1}
 
 
 def test_write_json_tells_an_unwritable_place_in_one_sentence(tmp_path):
-    with pytest.raises(utils.RunError, match=r"r\.json cannot be written"):
-        utils.write_json(tmp_path / "missing" / "r.json", {})
+    with pytest.raises(errors.RunError, match=r"r\.json cannot be written"):
+        files.write_json(tmp_path / "missing" / "r.json", {})
 
 
 def test_radial_weights_are_one_at_the_centre_and_fall_by_the_cosine():
-    weights = utils.make_radial_weight_map(41, 61, feather_fraction=1.2, shape_power=2.0, min_weight_floor=0.0)
+    weights = arrays.make_radial_weight_map(41, 61, feather_fraction=1.2, shape_power=2.0, min_weight_floor=0.0)
     assert weights.shape == (41, 61) and weights.dtype == np.float32
     reach = 1.2 * math.hypot(41 / 2, 61 / 2)
     for y, x in [(20, 30), (20, 45), (0, 0), (40, 30)]:
@@ -93,34 +95,34 @@ def test_radial_weights_are_one_at_the_centre_and_fall_by_the_cosine():
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (10, 4)])
 def test_radial_weights_stay_between_the_floor_and_one(size):
-    weights = utils.make_radial_weight_map(*size, feather_fraction=0.3, min_weight_floor=0.05)
+    weights = arrays.make_radial_weight_map(*size, feather_fraction=0.3, min_weight_floor=0.05)
     assert weights.max() == 1 and weights.min() >= np.float32(0.05)
     np.testing.assert_array_equal(weights, weights[::-1, ::-1])
 
 
 def test_radial_weights_refuse_nonsense():
     with pytest.raises(ValueError, match="pixels"):
-        utils.make_radial_weight_map(0, 5)
+        arrays.make_radial_weight_map(0, 5)
     with pytest.raises(ValueError, match="feather_fraction"):
-        utils.make_radial_weight_map(5, 5, feather_fraction=0)
+        arrays.make_radial_weight_map(5, 5, feather_fraction=0)
 
 
 def test_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert utils.get_user_config_dir() == tmp_path / "ZeMosaic"
+    assert zemosaic_utils.get_user_config_dir() == tmp_path / "ZeMosaic"
     assert not (tmp_path / "ZeMosaic").exists()
-    assert utils.ensure_user_config_dir().is_dir()
-    assert (utils.get_app_base_dir() / "zemosaic_utils.py").is_file()
-    assert utils.get_runtime_temp_dir().is_dir()
+    assert zemosaic_utils.ensure_user_config_dir().is_dir()
+    assert (zemosaic_utils.get_app_base_dir() / "zemosaic_utils.py").is_file()
+    assert zemosaic_utils.get_runtime_temp_dir().is_dir()
 
 
 def test_excluded_paths():
-    assert "unaligned_by_zemosaic" in utils.EXCLUDED_DIRS
-    assert utils.is_path_excluded(Path("in") / "Unaligned_by_ZeMosaic" / "a.fit")
-    assert not utils.is_path_excluded("in/unaligned_by_zemosaic.fit")
-    assert utils.is_path_excluded("in/x/a.fit", {"x"}) and not utils.is_path_excluded("in/a.fit", {"x"})
+    assert "unaligned_by_zemosaic" in find.EXCLUDED_DIRS
+    assert find.is_path_excluded(Path("in") / "Unaligned_by_ZeMosaic" / "a.fit")
+    assert not find.is_path_excluded("in/unaligned_by_zemosaic.fit")
+    assert find.is_path_excluded("in/x/a.fit", {"x"}) and not find.is_path_excluded("in/a.fit", {"x"})
 
 
 def test_unusable_file_tells_its_name_and_survives_pickling():
-    error = pickle.loads(pickle.dumps(utils.UnusableFile("dir/a.fits", "is empty")))
+    error = pickle.loads(pickle.dumps(errors.UnusableFile("dir/a.fits", "is empty")))
     assert (str(error), error.path, error.reason) == ("a.fits: is empty", Path("dir/a.fits"), "is empty")

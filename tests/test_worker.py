@@ -22,11 +22,13 @@ from astropy.wcs import WCS
 from PIL import Image
 from small_scene import LAYOUT, LOG, digests, pixels, product, run, small_sky, write_scene
 
-import zemosaic_backend
 import zemosaic_worker
-from zemosaic_demo import Sky, make_panels, tangent_wcs, write_panels
-from zemosaic_progress import STAGES, Reporter, TerminalBar
-from zemosaic_settings import Settings
+from zemosaic_pipeline import errors
+from zemosaic_pipeline.cli.listeners import TerminalBar
+from zemosaic_pipeline.host.progress import STAGES, Reporter
+from zemosaic_pipeline.pixels import backend_cpu
+from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.synthetic.panels import Sky, make_panels, tangent_wcs, write_panels
 from zemosaic_worker import run_hierarchical_mosaic
 
 ROOT = Path(zemosaic_worker.__file__).parent
@@ -284,7 +286,7 @@ def test_threads_and_memory_change_nothing(scene, plain, tmp_path, options):
 
 def test_small_blocks_change_nothing(scene, plain, tmp_path, monkeypatch):
     """As if memory were for blocks of a few thousand pixels only."""
-    monkeypatch.setattr(zemosaic_backend.CpuBackend, "free_bytes", lambda self, fraction: 300_000)
+    monkeypatch.setattr(backend_cpu.CpuBackend, "free_bytes", lambda self, fraction: 300_000)
     run_hierarchical_mosaic(scene.folder, tmp_path, gpu="off")
     np.testing.assert_array_equal(pixels(tmp_path, "coverage"), pixels(plain, "coverage"))
     np.testing.assert_array_equal(pixels(tmp_path), pixels(plain))
@@ -409,7 +411,7 @@ def test_settings_may_be_loosely_typed_in_python_too(scene, tmp_path):
         str(scene.folder), str(tmp_path), settings=Settings(kernel="lanczos3"), memory_budget="1GB", gpu="off"
     )
     assert result.report["settings"]["memory_budget"] == 10**9 and result.report["settings"]["kernel"] == "lanczos3"
-    with pytest.raises(zemosaic_worker.UsageError, match="kernel"):
+    with pytest.raises(errors.UsageError, match="kernel"):
         run_hierarchical_mosaic(scene.folder, tmp_path, kernel="cubic")
 
 

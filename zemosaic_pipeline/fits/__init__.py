@@ -1,0 +1,1 @@
+"""FITS in and out: files found and judged, headers and WCS read, tiles opened, mosaics and previews written."""

@@ -1,0 +1,3 @@
+"""What the overlap of two tiles says of their gains and levels.
+
+It sees coarse arrays only; `zemosaic_photometry` is made of it."""

@@ -1,0 +1,277 @@
+"""Pairs of tiles that overlap: their common cells, and what these say about the tiles' gains and levels.
+
+Both tiles are means over the same coarse cells (:class:`CoarseTile`); `overlaps.errors_in_variables` fits one on the other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from zemosaic_pipeline.overlaps.errors_in_variables import (
+    MIN_CELLS,
+    SMOOTHED_VARIANCE,
+    Overlap,
+    fit_overlap,
+    in_units,
+    sky_means,
+)
+
+#: Most cells of one pair that enter its fit.
+MAX_CELLS = 3500
+#: Relative differences of solid angle that are not worth a correction.
+NO_EXCESS = 5e-4
+
+
+@dataclass(frozen=True)
+class CoarseTile:
+    """One tile on the common coarse grid.
+
+    Attributes
+    ----------
+    name : str
+    corner : (int, int)
+        Row and column of ``means[:, 0, 0]`` on the coarse grid of the mosaic.
+    means : ndarray
+        float32 (C, h, w), tile units; NaN where the cell was not measured.
+    fraction : ndarray
+        float32 (h, w) in 0..1: the part of the cell that holds data.
+    noise : ndarray
+        float64 (C,), standard deviation of one cell's mean, tile units.
+    pixel_noise : ndarray
+        float64 (C,), standard deviation of one of the tile's pixels.
+    sky : ndarray
+        float64 (C,), the tile's own sky level: the pivot.
+    area : ndarray, optional
+        float32 (h, w), the solid angle of a tile pixel in each cell relative to that in the tile's middle, up to a
+        factor common to all tiles. Distortion makes it vary: flat-fielded pixels then keep the brightness of a surface,
+        but not the flux of a star (see :func:`make_overlap`).
+    """
+
+    name: str
+    corner: tuple[int, int]
+    means: np.ndarray
+    fraction: np.ndarray
+    noise: np.ndarray
+    pixel_noise: np.ndarray
+    sky: np.ndarray
+    area: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class PairRelation:
+    """What the overlap of tiles ``i`` and ``j`` says, per channel.
+
+    ``log_ratio`` = ln(g_i / g_j), with its standard error (inf where the overlap has too little structure);
+    ``scatter`` is the robust scatter of the cells about the fit in units of what the pixel noise explains;
+    ``samples`` the number of common cells. ``mean_i`` and ``mean_j`` are means over the same cells, those without stars
+    weighing most, less each tile's own sky; ``mean_se`` is the standard error of ``mean_i - mean_j`` in units of tile i.
+    ``step_before`` is the difference of the sky of the tiles as they came, in units of one tile's pixel noise.
+    """
+
+    i: int
+    j: int
+    log_ratio: np.ndarray
+    log_ratio_se: np.ndarray
+    scatter: np.ndarray
+    samples: int
+    mean_i: np.ndarray
+    mean_j: np.ndarray
+    mean_se: np.ndarray
+    step_before: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------- common cells
+
+
+def overlap_windows(a: CoarseTile, b: CoarseTile) -> tuple[tuple[slice, slice], tuple[slice, slice]] | None:
+    """Slices of the common cells in ``a`` and in ``b``; None where their rectangles do not meet."""
+    slices = []
+    for axis in (0, 1):
+        low = max(a.corner[axis], b.corner[axis])
+        high = min(a.corner[axis] + a.fraction.shape[axis], b.corner[axis] + b.fraction.shape[axis])
+        if low >= high:
+            return None
+        slices.append([slice(low - t.corner[axis], high - t.corner[axis]) for t in (a, b)])
+    return (slices[0][0], slices[1][0]), (slices[0][1], slices[1][1])
+
+
+def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
+    """Means of both tiles (C, h, w) over their common rectangle and the mask (h, w) of cells that both fill."""
+    windows = overlap_windows(a, b)
+    if windows is None:
+        return None
+    (ya, xa), (yb, xb) = windows
+    both = (a.fraction[ya, xa] >= fraction) & (b.fraction[yb, xb] >= fraction)
+    if np.count_nonzero(both) < MIN_CELLS:
+        return None
+    return a.means[:, ya, xa], b.means[:, yb, xb], both
+
+
+def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None) -> list[PairRelation]:
+    """Relations of the overlapping pairs, in the order of the tiles."""
+    found = (pair_relation(tiles, *pair) for pair in overlapping_pairs(tiles, excluded))
+    return [relation for relation in found if relation is not None]
+
+
+class PairsInPassing:
+    """Measures each pair as soon as both tiles are there, on a thread of its own, while others are being measured.
+
+    A context manager; :meth:`add` may be called from many threads, in any order. With ``hubs``, tiles of one field need
+    not all be compared with one another: only pairs that hold a hub are measured.
+    """
+
+    def __init__(self, count: int, hubs: Sequence[int] = ()) -> None:
+        self._tiles: list[CoarseTile | None] = [None] * count
+        self._hubs = set(hubs) or set(range(count))
+        self._pending: dict[tuple[int, int], Future] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pairs")
+
+    def __enter__(self) -> PairsInPassing:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, k: int, tile: CoarseTile) -> None:
+        """Tile ``k`` is measured."""
+        with self._lock:
+            self._tiles[k] = tile
+            for j, other in enumerate(self._tiles):
+                if other is not None and j != k and (j in self._hubs or k in self._hubs):
+                    self._measure(min(j, k), max(j, k))
+
+    def _measure(self, i: int, j: int) -> None:
+        if (i, j) not in self._pending and overlap_windows(self._tiles[i], self._tiles[j]) is not None:
+            self._pending[i, j] = self._pool.submit(pair_relation, self._tiles, i, j)
+
+    def relations(self) -> list[PairRelation]:
+        """What `measure_pairs` gives for all tiles, or for the pairs that hold a hub.
+
+        All pairs are measured where those with a hub fall apart into more groups than they form together.
+        """
+        if len(self._hubs) < len(self._tiles):
+            everything = overlapping_pairs(self._tiles, None)
+            apart, together = (connected_groups(len(self._tiles), p).max() for p in (list(self._pending), everything))
+            if apart > together:
+                for pair in everything:
+                    self._measure(*pair)
+        found = (self._pending[pair].result() for pair in sorted(self._pending))
+        return [relation for relation in found if relation is not None]
+
+
+def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) -> list[tuple[int, int]]:
+    """All pairs of tiles, without those ``excluded``, whose rectangles meet."""
+    use = [k for k in range(len(tiles)) if excluded is None or not excluded[k]]
+    boxes = np.array([[*t.corner, t.corner[0] + t.fraction.shape[0], t.corner[1] + t.fraction.shape[1]] for t in tiles])
+    pairs: list[tuple[int, int]] = []
+    for position, i in enumerate(use):
+        rest = np.array(use[position + 1 :], dtype=int)
+        meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
+        pairs += [(i, int(j)) for j in rest[meets]]
+    return pairs
+
+
+def connected_groups(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Number (count,) of the group of each node that the pairs connect, in the order of their first nodes."""
+    i, j = np.asarray(pairs, int).reshape(-1, 2).T
+    label = np.arange(count)
+    while True:
+        low = np.minimum(label[i], label[j])
+        lower = label.copy()
+        np.minimum.at(lower, label[i], low)
+        np.minimum.at(lower, label[j], low)
+        lower = lower[lower]
+        if np.array_equal(lower, label):
+            return np.unique(label, return_inverse=True)[1]
+        label = lower
+
+
+def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:
+    """Measure the overlap of two tiles; None where they have no common cells."""
+    a, b = tiles[i], tiles[j]
+    common = common_cells(a, b)
+    if common is None:
+        return None
+    means_a, means_b, both = common
+    overlap = make_overlap(a, b, means_a, means_b, both)
+    fit, error = fit_overlap(overlap)
+    mean_i, mean_j, mean_se = sky_means(overlap, fit)
+    return PairRelation(
+        i,
+        j,
+        log_ratio=-np.log(fit.ratio),
+        log_ratio_se=error,
+        scatter=fit.scatter,
+        samples=int(np.count_nonzero(both)),
+        mean_i=mean_i,
+        mean_j=mean_j,
+        mean_se=mean_se,
+        step_before=in_units(
+            mean_i + a.sky - mean_j - b.sky, np.sqrt((np.square(a.pixel_noise) + np.square(b.pixel_noise)) / 2)
+        ),
+    )
+
+
+def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.ndarray, both: np.ndarray) -> Overlap:
+    """Smooth both tiles alike, so that no star is cut by a cell's edge.
+
+    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. Where the tiles
+    know the solid angle of their pixels, the stars of ``b`` are scaled by its ratio, the nebula is not.
+    """
+    empty = None if both.all() else ~both
+    norm = 1.0 / np.maximum(binomial_sums(both[None], np.zeros(1), None), 1.0)
+    images = [binomial_sums(m, t.sky, empty) * norm for m, t in ((means_a, a), (means_b, b))]
+    down, across = thinning(both)
+    used = both[::down, ::across]
+    rows, columns = np.nonzero(used)
+    rows, columns = rows * down, columns * across
+    cells = rows * both.shape[1] + columns
+    x, y = (image.reshape(len(image), -1).take(cells, axis=1) for image in images)
+    if a.area is not None and b.area is not None:
+        (ya, xa), (yb, xb) = overlap_windows(a, b)
+        excess = a.area[ya, xa].ravel()[cells] / b.area[yb, xb].ravel()[cells] - 1.0
+        if (np.abs(excess) > NO_EXCESS).any():
+            y += excess * (y - local_means(images[1], rows, columns))
+    vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
+    return Overlap(*images, x, y, used, (down, across), vx, vy)
+
+
+def thinning(both: np.ndarray) -> tuple[int, int]:
+    """Of how many rows and columns one is used, so that at most about :data:`MAX_CELLS` of the common cells are."""
+    thin = -(-np.count_nonzero(both) // MAX_CELLS)
+    across = int(np.sqrt(thin))
+    down = -(-thin // across)
+    return (down, across) if np.count_nonzero(both[::down, ::across]) >= MIN_CELLS else (1, 1)
+
+
+def binomial_sums(image: np.ndarray, sky: np.ndarray, empty: np.ndarray | None) -> np.ndarray:
+    """(1 2 1) along both axes over an image (C, h, w) less its sky, zero where ``empty`` (h, w) and beyond the edge."""
+    smooth = np.empty(image.shape)
+    padded = np.zeros((image.shape[1] + 2, image.shape[2] + 2))
+    inner = padded[1:-1, 1:-1]
+    for c, plane in enumerate(image):
+        np.subtract(plane, sky[c], out=inner)
+        if empty is not None:
+            np.copyto(inner, 0.0, where=empty)
+        rows = padded[:-1] + padded[1:]
+        rows = rows[:-1] + rows[1:]
+        columns = rows[:, :-1] + rows[:, 1:]
+        np.add(columns[:, :-1], columns[:, 1:], out=smooth[c])
+    return smooth
+
+
+def local_means(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Means (C, n) of an image (C, h, w) over the 25 cells squared about some cells, as far as they lie within it."""
+    channels, height, width = image.shape
+    sums = np.zeros((channels, height + 1, width + 1))
+    np.cumsum(np.cumsum(image, axis=1), axis=2, out=sums[:, 1:, 1:])
+    top, bottom = np.maximum(rows - 12, 0), np.minimum(rows + 13, height)
+    left, right = np.maximum(columns - 12, 0), np.minimum(columns + 13, width)
+    total = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]
+    return total / ((bottom - top) * (right - left))

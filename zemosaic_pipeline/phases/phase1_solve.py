@@ -1,0 +1,207 @@
+"""Phase 1: the plate solutions of a night, from headers, a solver, and the stars of frames nearby."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.io import fits
+from astropy.wcs import WCS
+
+from zemosaic_pipeline.files import pack, unpack
+from zemosaic_pipeline.fits.headers import quiet
+from zemosaic_pipeline.host.threads import run_parallel
+from zemosaic_pipeline.phases.run import Run, set_frame_aside
+from zemosaic_pipeline.platesolve.base import Hints, SolveError
+from zemosaic_pipeline.platesolve.choose import choose_solver
+from zemosaic_pipeline.raw.solved import Look, SolvedFrame, field_of
+from zemosaic_pipeline.resume.fingerprint import fingerprint
+from zemosaic_pipeline.sky import separation
+from zemosaic_pipeline.stars.matching import pointing_disagrees, transfer_wcs
+
+#: Solved frames whose stars an unsolved one is compared with.
+NEIGHBOURS = 3
+
+
+class Solving:
+    """The plate solutions of a night: from the headers, from a solver, and from the stars of frames nearby.
+
+    What is tried for a frame depends on nothing but the input, so that another run, or a resumed one, finds the same.
+    """
+
+    def __init__(self, run: Run, looks: Sequence[Look], scratch: Path) -> None:
+        self.run, self.scratch = run, scratch
+        self.looks = {look.frame.name: look for look in looks}
+        self.solved: dict[str, SolvedFrame] = {}
+        self.reasons: dict[str, str] = {}
+        self.solver: Any = None
+        self.tried: set[str] = set()
+
+    def all(self) -> list[SolvedFrame]:
+        """Solve every frame; those without a solution are set aside."""
+        force = self.run.settings.force_resolve_existing_wcs
+        for name, look in self.looks.items():
+            if look.frame.wcs is not None and not force:
+                self.solved[name] = SolvedFrame(**vars(look), wcs=look.frame.wcs, solver="header")
+        self.doubt_headers()
+        self.doubt_lonely()
+        self.solve_rest()
+        if self.doubt_lonely():  # beside those that are solved now
+            self.solve_rest()
+        for name in self.looks:
+            if name not in self.solved:
+                set_frame_aside(self.run, name, self.reasons.get(name, "cannot be solved"))
+        return [self.accepted(name) for name in self.looks if name in self.solved]
+
+    def solve_rest(self) -> None:
+        """Give what is not solved to the solver, then to the stars of what is solved; each frame once."""
+        rest = [name for name in self.looks if name not in self.solved and name not in self.tried]
+        if not rest:
+            return
+        if not self.tried:
+            self.solver = choose_solver(self.run.settings, lambda text: self.run.reporter.warn("", text))
+        self.tried |= set(rest)
+        done, total = iter(range(1, len(rest) + 1)), len(self.looks)
+
+        def solve(name: str) -> None:
+            self.solve(name)
+            self.run.reporter.stage("phase1_scan", total - (len(rest) - next(done)) // 2 - 1, total)
+
+        run_parallel(solve, rest, self.run.jobs, self.run.cancelled)
+        self.run.check()
+        self.transfer([name for name in rest if name not in self.solved])
+
+    def accepted(self, name: str) -> SolvedFrame:
+        item = self.solved[name]
+        self.run.frames[name] |= {
+            "status": "used",
+            "solved_by": item.solver,
+            "wcs": item.wcs.to_header_string(relax=True),
+        }
+        return item
+
+    def doubt_headers(self) -> None:
+        """Take back the WCS of headers that the pointing of the mount contradicts."""
+        for name, item in list(self.solved.items()):
+            frame = item.frame
+            reason = pointing_disagrees(item.wcs, frame.ra, frame.dec, frame.shape)
+            if reason is not None:
+                self.reasons[name] = reason
+                del self.solved[name]
+
+    def doubt_lonely(self) -> bool:
+        """Take back the WCS of headers that put a frame where no other is, though its stars are those of others.
+
+        Phase 3 compares the stars of a panel's frames; a frame that a lying WCS leads away has a panel to itself. It is
+        compared with the frames that were taken before and after it. A frame that shares its stars with none cannot be
+        judged.
+        """
+        items = list(self.solved.values())
+        if len(items) < 2:
+            return False
+        near = neighbourhood(items)
+        company = [k for k in range(len(items)) if len(near[k]) > 1]
+        when = [item.frame.date or "" for item in items]
+        order = sorted(company, key=lambda k: (when[k], items[k].name))
+
+        def judge(k: int) -> str | None:
+            place = bisect([(when[j], items[j].name) for j in order], (when[k], items[k].name))
+            for j in order[max(place - NEIGHBOURS, 0) : place + NEIGHBOURS]:
+                reason = contradiction(items[k], items[j])
+                if reason is not None:
+                    return reason
+            return None
+
+        lonely = [k for k, item in enumerate(items) if item.solver == "header" and len(near[k]) == 1 and company]
+        found = run_parallel(judge, lonely, self.run.jobs, self.run.cancelled)
+        self.run.check()
+        for k, reason in zip(lonely, found, strict=True):
+            if reason is not None:
+                self.reasons[items[k].name] = reason
+                del self.solved[items[k].name]
+        return any(found)
+
+    def transfer(self, names: Sequence[str]) -> None:
+        """Solve frames by the stars that they share with solved frames of the same field."""
+        nearby = {name: self.neighbours(name) for name in names}
+
+        def solve(name: str) -> SolvedFrame | None:
+            look = self.looks[name]
+            for reference in nearby[name]:
+                # astropy's WCS objects must not be shared between threads
+                wcs = transfer_wcs(look.stars, reference.stars, reference.wcs.deepcopy(), look.frame.scale)
+                if wcs is not None:
+                    wcs.pixel_shape = look.frame.shape[::-1]
+                    return SolvedFrame(**vars(look), wcs=wcs, solver=f"stars of {reference.name}")
+            return None
+
+        found = run_parallel(solve, list(names), self.run.jobs, self.run.cancelled)
+        self.run.check()
+        self.solved |= {name: item for name, item in zip(names, found, strict=True) if item is not None}
+
+    def neighbours(self, name: str) -> list[SolvedFrame]:
+        """Solved frames whose field a frame may share: the nearest, at most three."""
+        frame = self.looks[name].frame
+        items = list(self.solved.values())
+        if frame.ra is None or frame.dec is None:
+            return items[:NEIGHBOURS]
+        distance = np.array([separation(frame.ra, frame.dec, *item.centre) for item in items])
+        order = np.argsort(distance, kind="stable")[:NEIGHBOURS]
+        return [items[k] for k in order if distance[k] < 2 * field_of(frame)]
+
+    def solve(self, name: str) -> None:
+        """Give one frame to the solver."""
+        frame, stars = self.looks[name].frame, self.looks[name].stars
+        run = self.run
+        key = fingerprint("solve", run.settings, run.kept.token(frame.path), stars.x, stars.y)
+        kept = run.kept.load("solve", name, key)
+        if kept is not None:
+            facts = unpack(kept)
+            self.accept(name, fits.Header.fromstring(facts["header"]), facts["solver"])
+            return
+        if self.solver is None:
+            self.reasons.setdefault(name, "has no WCS, and there is no plate solver to find it")
+            return
+        hints = Hints(frame.shape, frame.ra, frame.dec, run.settings.astap_default_search_radius, frame.scale)
+        try:
+            solution = self.solver.solve(frame.luminance, stars, hints, self.scratch, run.cancelled)
+        except SolveError as error:
+            run.check()
+            self.reasons.setdefault(name, f"cannot be solved ({str(error).rstrip('.')})")
+            return
+        run.kept.save("solve", name, key, pack({"header": solution.header.tostring(), "solver": solution.solver}))
+        self.accept(name, solution.header, solution.solver)
+
+    def accept(self, name: str, header: fits.Header, solver: str) -> None:
+        look = self.looks[name]
+        with quiet():
+            wcs = WCS(header)
+        wcs.pixel_shape = look.frame.shape[::-1]
+        self.solved[name] = SolvedFrame(**vars(look), wcs=wcs, solver=solver)
+
+
+def neighbourhood(items: Sequence[SolvedFrame]) -> list[list[int]]:
+    """Of every frame those whose middle lies within a quarter of its shorter side, itself included."""
+    from scipy.spatial import cKDTree
+
+    ra, dec = np.radians([item.centre for item in items]).T
+    points = np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=1)
+    reach = np.radians([field_of(item.frame) / 4 for item in items])
+    return cKDTree(points).query_ball_point(points, reach)
+
+
+def contradiction(item: SolvedFrame, other: SolvedFrame) -> str | None:
+    """Why a frame's WCS cannot be true if another's is: the stars that both show lie elsewhere by more than it errs."""
+    wcs = transfer_wcs(item.stars, other.stars, other.wcs.deepcopy(), item.frame.scale)
+    if wcs is None:
+        return None
+    height, width = item.frame.shape
+    there = wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
+    away = separation(*item.centre, float(there.ra.deg), float(there.dec.deg))
+    # what overlaps by a strip is placed by it to some pixels; a mount's own errors are smaller than a tenth of the field
+    if away < field_of(item.frame) / 10:
+        return None
+    return f"its WCS is wrong by {away:.2f} degrees: its stars are those of {other.name}"

@@ -1,0 +1,74 @@
+"""Phase 2: the frames of each panel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.phases.clustering import group_frames, linking_length
+from zemosaic_pipeline.phases.frame_plan import FramePlan
+from zemosaic_pipeline.phases.run import Run, nothing_usable, set_frame_aside
+from zemosaic_pipeline.raw.solved import SolvedFrame, field_of
+from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.stars.quality import frame_quality
+
+# ----------------------------------------------------------------------------------------------------------- Phase 2
+
+
+def panels_of(run: Run, frames: Sequence[SolvedFrame], plan: FramePlan) -> list[list[SolvedFrame]]:
+    """Phase 2: the frames of each panel; as the user arranged them where he did.
+
+    Bad frames are judged beside the others of their panel and set aside.
+    """
+    settings, reporter = run.settings, run.reporter
+    reporter.stage("phase2_cluster", 0, len(frames))
+    reporter.info("run_info_phase2_started", "grouping the frames into panels")
+    groups = planned_groups(frames, plan) if plan.groups is not None else grouped(settings, frames)
+    panels = []
+    for group in groups:
+        reasons: list[str | None] = [None] * len(group)
+        if settings.reject_bad_frames:
+            kinds = [(item.frame.shape, item.frame.exposure) for item in group]
+            reasons = frame_quality([item.stars for item in group], kinds)
+        kept = []
+        for item, reason in zip(group, reasons, strict=True):
+            if reason is None:
+                kept.append(item)
+            else:
+                set_frame_aside(run, item.name, reason)
+        if kept:
+            panels.append(kept)
+    run.check()
+    if not panels:
+        raise UsageError(nothing_usable(run.aside, what="frame"))
+    reporter.stage("phase2_cluster", len(frames), len(frames))
+    reporter.info("run_info_phase2_finished", f"{len(panels)} panels", num_groups=len(panels))
+    return panels
+
+
+def planned_groups(frames: Sequence[SolvedFrame], plan: FramePlan) -> list[list[SolvedFrame]]:
+    """The panels of the filter window; frames that it put into none are one more."""
+    by_path = {item.frame.path.absolute(): item for item in frames}
+    groups = [[by_path.pop(path) for path in group if path in by_path] for group in plan.groups or ()]
+    return [group for group in [*groups, list(by_path.values())] if group]
+
+
+def grouped(settings: Settings, frames: Sequence[SolvedFrame]) -> list[list[SolvedFrame]]:
+    """The panels that the settings of Phase 2 ask for."""
+    centres = np.array([item.centre for item in frames])
+    found = group_frames(
+        centres[:, 0],
+        centres[:, 1],
+        threshold_deg=linking_length(settings.cluster_panel_threshold, [field_of(item.frame) for item in frames]),
+        orientation_deg=[item.orientation for item in frames],
+        orientation_split_deg=settings.cluster_orientation_split_deg,
+        mount=[item.frame.mount or "" for item in frames],
+        target_groups=settings.cluster_target_groups,
+        cap=settings.max_raw_per_master_tile,
+        auto_cap=settings.auto_limit_frames_per_master_tile,
+        order=[item.frame.date or item.name for item in frames],
+        field_deg=float(np.median([field_of(item.frame) for item in frames])),
+    )
+    return [[frames[k] for k in members] for members in found]

@@ -1,0 +1,87 @@
+"""Steps 4 and 5 of Phase 5: what makes the aesthetic mosaic, from what the first pass left in memory.
+
+Coverage renormalisation, RGB balance and black point change flux for the eye's sake. They are the same for both
+backends, and the science mosaic is on disk before they begin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from zemosaic_photometry import (
+    PhotometricSolution,
+    black_point,
+    coverage_gain,
+    coverage_scale,
+    relative_coverage_gains,
+    rgb_balance_gains,
+)
+from zemosaic_pipeline.phases.phase5_canvas import ColourAdjustment, Coverage
+from zemosaic_pipeline.phases.phase5_coadd import CoaddResult
+from zemosaic_pipeline.phases.phase5_normalise import Scene
+from zemosaic_pipeline.phases.run import Run
+from zemosaic_pipeline.resample.measure import cells_touched, coarse_window
+from zemosaic_pipeline.settings.settings import Settings
+
+
+@dataclass(frozen=True)
+class Aesthetics:
+    """Factors of the aesthetic mosaic: per tile from the coverage, per channel from the balance, and the black point."""
+
+    coverage_gain: np.ndarray
+    rgb_gain: np.ndarray
+    black: float
+
+
+def aesthetic_factors(run: Run, scene: Scene, science: CoaddResult) -> Aesthetics:
+    """Steps 4 and 5 of Phase 5, from what the first pass left in memory; the same for both backends."""
+    settings = run.settings
+    gains = np.ones(len(scene.placed))
+    if settings.two_pass_coverage_renorm:
+        gains = coverage_gains(scene, science.coverage, settings)
+    image = science.preview
+    rgb = np.ones(scene.channels)
+    if settings.final_mosaic_rgb_equalize_enabled and scene.channels > 1:
+        sky = np.array([np.nanpercentile(plane, 30) for plane in image])
+        rgb = rgb_balance_gains(sky, settings.final_mosaic_rgb_equalize_gain_clip)
+    black = 0.0
+    if settings.final_mosaic_black_point_equalize_enabled:
+        black = black_point(image * rgb[:, None, None], settings.final_mosaic_black_point_percentile)
+    return Aesthetics(gains, rgb, black)
+
+
+def coverage_gains(scene: Scene, coverage: Coverage, settings: Settings) -> np.ndarray:
+    """Relative gain of every tile from the coverage of the first pass (cells instead of pixels, sigma to match)."""
+    from scipy.ndimage import gaussian_filter
+
+    sigma = settings.two_pass_cov_sigma_px / coverage.bin
+    mean = np.nan_to_num(coverage.mean)
+    scale, smooth = coverage_scale(mean, lambda image: gaussian_filter(image, sigma))
+    gains = []
+    for item in scene.placed:
+        cy0, cy1, cx0, cx1 = coarse_window(item.rect, coverage.bin)
+        window = np.s_[cy0:cy1, cx0:cx1]
+        gains.append(
+            coverage_gain(
+                scale[window],
+                smooth[window],
+                mean[window],
+                cells_touched(item, coverage.bin).astype(bool),
+                settings.two_pass_cov_gain_clip,
+                pixels_per_cell=coverage.bin**2,
+            )
+        )
+    return relative_coverage_gains(np.array(gains))
+
+
+def aesthetic_solution(solution: PhotometricSolution, factors: Aesthetics) -> PhotometricSolution:
+    """The solution with every tile's flux multiplied by its coverage gain, about the mosaic's zero."""
+    gain = factors.coverage_gain[:, None]
+    return replace(solution, gain=solution.gain / gain, level=solution.level * gain)
+
+
+def colour_adjustment(factors: Aesthetics) -> ColourAdjustment:
+    """What turns a science block (C, h, w) into an aesthetic one."""
+    return ColourAdjustment(factors.rgb_gain.astype(np.float32)[:, None, None], np.float32(factors.black))

@@ -1,0 +1,197 @@
+"""Where finished blocks go: the files, the preview, the coarse coverage, and the journal for a resume."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from astropy.io import fits
+
+from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.fits.preview import PreviewAccumulator
+from zemosaic_pipeline.fits.writer import MosaicWriter
+from zemosaic_pipeline.host.threads import run_parallel
+from zemosaic_pipeline.resume.pieces import BlockJournal
+from zemosaic_pipeline.settings.settings import Settings
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Coverage averaged over cells of ``bin`` squared pixels, float32 (h, w)."""
+
+    mean: np.ndarray
+    bin: int
+
+
+@dataclass(frozen=True)
+class ColourAdjustment:
+    """Turns a science block (C, h, w) into an aesthetic one: ``values * gain - black``, float32, gain (C, 1, 1)."""
+
+    gain: np.ndarray
+    black: np.float32
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return values * self.gain - self.black
+
+    @property
+    def numbers(self) -> tuple[np.ndarray, float]:
+        """What the result depends on."""
+        return self.gain, float(self.black)
+
+
+class Canvas:
+    """Takes finished blocks from any thread: writes them and keeps the preview and the coarse coverage.
+
+    Parameters
+    ----------
+    shape : (H, W)
+    channels : int
+    preview_dim : int
+        Longest side of the preview.
+    bin_px : int
+        Cells of the coarse coverage; 0: none.
+    full_weight : float
+        Weight of one whole tile.
+    adjust : ColourAdjustment, optional
+        Applied to every finished block.
+    journal : BlockJournal, optional
+        Where finished blocks are noted, and those of an earlier run are found.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        channels: int,
+        preview_dim: int,
+        bin_px: int,
+        full_weight: float,
+        adjust: ColourAdjustment | None = None,
+        journal: BlockJournal | None = None,
+    ) -> None:
+        self.preview = PreviewAccumulator(shape, channels, preview_dim)
+        self._binned = PreviewAccumulator(shape, 1, -(-max(shape) // bin_px)) if bin_px else None
+        self._shape, self._channels = shape, channels
+        self._full_weight = full_weight
+        self._adjust = adjust
+        self._journal = journal
+        self._image: MosaicWriter | None = None
+        self._coverage: MosaicWriter | None = None
+        self._pixels_done = 0
+        self._lock = threading.Lock()
+
+    def open(
+        self,
+        stack: ExitStack,
+        image: Path,
+        header: fits.Header,
+        coverage: tuple[Path, fits.Header] | None,
+        settings: Settings,
+    ) -> None:
+        """Lay out the files, or take up those of an earlier run; they are complete when ``stack`` closes."""
+        journal, shape = self._journal, self._shape
+        resume = journal is not None and bool(journal.left)
+        if journal is not None and not resume:
+            journal.start_afresh()
+            journal.remove_files()
+        self._image = stack.enter_context(
+            MosaicWriter(
+                image,
+                header,
+                (self._channels, *shape) if self._channels > 1 else shape,
+                "u2" if settings.save_final_as_uint16 else "f4",
+                alpha_shape=shape,
+                interleaved=settings.legacy_rgb_cube,
+                waiting=journal and journal.part(journal.product),
+                resume=resume,
+            )
+        )
+        if coverage is not None:
+            waiting = journal and journal.part("coverage")
+            self._coverage = stack.enter_context(MosaicWriter(*coverage, shape, waiting=waiting, resume=resume))
+        whole = self._image.resumed and (self._coverage is None or self._coverage.resumed)
+        if resume and not whole:
+            journal.start_afresh()
+
+    def put(self, block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
+        """One finished block: values (C, h, w) with NaN for "no data", weights (h, w)."""
+        if self._adjust is not None:
+            values = self._adjust(values)
+        y0, x0 = block[0], block[2]
+        checksums = [
+            self._image.write_block(y0, x0, values if len(values) > 1 else values[0]),
+            self._image.write_alpha(y0, x0, alpha_of(weights, self._full_weight)),
+        ]
+        if self._coverage is not None:
+            checksums.append(self._coverage.write_block(y0, x0, weights))
+        if self._journal is not None and is_recoverable(values, weights):
+            self._journal.add(block, checksums)
+        self._show(block, values, weights)
+
+    def restore(self, jobs: int, cancelled: Callable[[], bool], count: Callable[[], None]) -> list[Rect]:
+        """Take over the blocks of an earlier run that stand undamaged in the files; returns them."""
+        if self._journal is None or not self._journal.left:
+            return []
+        left = sorted(self._journal.left.items())
+
+        def take(item: tuple[Rect, list[int]]) -> Rect | None:
+            block, checksums = item
+            found = self._read(block, checksums)
+            if found is None:
+                self._journal.damaged(block)
+                return None
+            self._show(block, *found)
+            count()
+            return block
+
+        done = [block for block in run_parallel(take, left, jobs, cancelled) if block is not None]
+        self._journal.use(len(done))
+        return done
+
+    def _read(self, block: Rect, checksums: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Values and weights of a block as they were given to :meth:`put`; None where the files hold something else.
+
+        Without a file of the coverage the weights are those of ALPHA, of which only the zeros are right.
+        """
+        y0, x0 = block[0], block[2]
+        size = (block[1] - y0, block[3] - x0)
+        values, first = self._image.read_block(y0, x0, size)
+        weights, second = self._image.read_alpha(y0, x0, size)
+        found = [first, second]
+        if self._coverage is not None:
+            cover, third = self._coverage.read_block(y0, x0, size)
+            weights, found = cover[0], [*found, third]
+        if found != checksums:
+            return None
+        values[:, weights == 0] = np.nan
+        return values, weights
+
+    def _show(self, block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
+        """What is kept of a block in memory."""
+        self.preview.add(block[0], block[2], values)
+        if self._binned:
+            self._binned.add(block[0], block[2], weights[None])
+        with self._lock:
+            self._pixels_done += weights.size
+
+    @property
+    def rows_done(self) -> int:
+        return self._pixels_done // self._shape[1]
+
+    def coarse_coverage(self) -> Coverage | None:
+        return Coverage(self._binned.image()[0], self._binned.factor) if self._binned else None
+
+
+def is_recoverable(values: np.ndarray, weights: np.ndarray) -> bool:
+    """Whether the files tell the whole of a block: finite values exactly where there is weight (elsewhere NaN)."""
+    return np.count_nonzero(np.isfinite(values)) == len(values) * np.count_nonzero(weights)
+
+
+def alpha_of(weights: np.ndarray, full_weight: float) -> np.ndarray:
+    """ALPHA (uint8): 0 where nothing was seen, 255 where one whole tile was, at least 1 in between."""
+    alpha = np.clip(weights * np.float32(255.0 / full_weight), 1, 255).astype(np.uint8)
+    alpha[weights == 0] = 0
+    return alpha

@@ -1,0 +1,113 @@
+"""run_report.json: what was used, what was found, what it cost."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from zemosaic_pipeline.phases.phase5_aesthetic import Aesthetics
+from zemosaic_pipeline.phases.phase5_normalise import Scene
+from zemosaic_pipeline.phases.run import Run
+
+LIBRARIES = ("numpy", "scipy", "astropy", "reproject", "numba", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda")
+
+
+def describe(
+    run: Run, scene: Scene, factors: Aesthetics | None, paths: dict[str, Path], version: str
+) -> dict[str, Any]:
+    """The report of a run that wrote ``paths``, without its costs (JSON types and numpy scalars)."""
+    return {
+        "program": {"name": "zemosaic-worker", "version": version},
+        "outputs": {name: path.name for name, path in paths.items()},
+        "backend": {"used": run.switch.name, "reason": run.switch.reason, "fell_back": run.switch.fell_back},
+        "grid": {
+            "shape": list(scene.grid.shape),
+            "crval": list(scene.grid.wcs.wcs.crval),
+            "header": scene.grid.wcs.to_header_string(relax=True),
+        },
+        "tiles": tile_rows(scene, factors),
+        "pairs": pair_rows(scene),
+        "frames": list(run.frames.values()),
+        "islands": int(scene.solution.component.max()) + 1,
+        "set_aside": [asdict(item) for item in run.aside],
+        "warnings": run.reporter.warnings,
+        "settings": asdict(run.settings),
+        "versions": versions(),
+    }
+
+
+def tile_rows(scene: Scene, factors: Aesthetics | None) -> list[dict[str, Any]]:
+    """One row a tile; lists hold one number a channel."""
+    solution = scene.solution
+    rows = []
+    for k, item in enumerate(scene.placed):
+        rows.append(
+            {
+                "name": item.tile.name,
+                "frames": item.tile.n_frames,
+                "weight": item.weight,
+                "gain": solution.gain[k],
+                "offset": solution.offset[k],
+                "pivot": solution.pivot[k],
+                "level": solution.level[k],
+                "ln_gain_se": solution.gain_se[k],
+                "offset_se": solution.offset_se[k],
+                "noise": scene.surveys[k].noise,
+                "island": int(solution.component[k]),
+                "coordinate_error_px": item.mesh.error,
+                "mesh_step_px": item.mesh.step,
+                "coverage_gain": 1.0 if factors is None else factors.coverage_gain[k],
+            }
+        )
+    return rows
+
+
+def pair_rows(scene: Scene) -> list[dict[str, Any]]:
+    """One row a pair: the sky step in its overlap before and after, in units of one tile's pixel noise."""
+    rows = []
+    for pair, after in zip(scene.solution.pairs, scene.solution.step_after, strict=True):
+        rows.append(
+            {
+                "tiles": [scene.measured[pair.i], scene.measured[pair.j]],
+                "cells": pair.samples,
+                "ln_gain_ratio": pair.log_ratio,
+                "ln_gain_ratio_se": pair.log_ratio_se,
+                "scatter_sigma": pair.scatter,
+                "step_before_sigma": pair.step_before,
+                "step_after_sigma": after,
+            }
+        )
+    return rows
+
+
+def history_lines(run: Run, scene: Scene) -> Sequence[str]:
+    """HISTORY of an output: how it was made, in a few lines."""
+    settings = run.settings
+    match = "off"
+    if settings.intertile_photometric_match:
+        match = f"gain and offset of {len(scene.solution.pairs)} overlaps"
+    elif settings.match_background_for_final:
+        match = f"offset of {len(scene.solution.pairs)} overlaps"
+    return (
+        f"photometric match: {match}",
+        f"resampled with {settings.kernel}, combined by {settings.combine_method}, engine {settings.engine}",
+        f"tile weights: {settings.tile_weight_mode if settings.enable_tile_weighting else 'uniform'}",
+        "0 where nothing was seen; ALPHA tells; details in run_report.json",
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the system and the libraries in use."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["byteorder"] = sys.byteorder
+    return found

@@ -1,0 +1,1 @@
+"""The pixel functions, their compilations for CPU and CUDA, and the switch between the two."""

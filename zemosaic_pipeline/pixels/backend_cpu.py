@@ -1,0 +1,94 @@
+"""The CPU: numpy arrays and compiled loops."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from zemosaic_pipeline.arrays import page_array
+from zemosaic_pipeline.pixels.backend_base import trial
+
+
+class CpuBackend:
+    """Pixels in numpy arrays, kernels on the CPU (they release the interpreter lock: call them from many threads).
+
+    Without ``compiled`` the kernels run as ordinary Python, for a few pixels.
+    """
+
+    name = "cpu"
+    parallel_blocks = True
+
+    def __init__(self, compiled: bool = True) -> None:
+        self._compiled = compiled
+        self._own = threading.local()
+
+    def upload(self, array: np.ndarray) -> np.ndarray:
+        """The array itself."""
+        return array
+
+    def download(self, array: np.ndarray) -> np.ndarray:
+        """The array itself."""
+        return array
+
+    def zeros(self, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+        return page_array(shape) if dtype == "float32" else np.zeros(shape, dtype)
+
+    def scratch(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Float32 array of any content, until the same thread asks for the next one."""
+        kept = getattr(self._own, "scratch", None)
+        size = math.prod(shape)
+        if kept is None or kept.size < size:
+            self._own.scratch = kept = page_array((size,))
+        return kept[:size].reshape(shape)
+
+    def resample(self, source, part, values, weights, add: bool) -> None:
+        """Resample one tile into a block; ``part`` is a `pixels.backend_base.TilePart`, see `pixels.kernels.resample_pixel`."""
+        self._kernel("resample_rows")(
+            *flat(source), part.origin, part.shape, part.method, part.alpha, part.weight_map, part.spacing, part.feather,
+            part.scale, part.mesh, part.block, part.rect, values, weights, add,
+        )  # fmt: skip
+
+    def measure(self, source, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts) -> None:
+        """Sums and numbers of valid samples in coarse cells; see `pixels.kernels.measure_cell`."""
+        self._kernel("measure_cells")(
+            *flat(source), origin, shape, mesh, cell_px, every, corner, wanted, sums, counts
+        )  # fmt: skip
+
+    def combine(self, values, weights, method, options, out) -> None:
+        """Combine layers; ``options`` = (kappa_low, kappa_high, trim_low, trim_high).
+
+        ``values`` is (K, C, h, w), which may be sorted in place; ``weights`` the same, or (K, h, w) for all channels.
+        """
+        weights = weights[:, None] if weights.ndim == 3 else weights
+        self._kernel("combine_layers")(values, weights, method, *options, out)
+
+    def _kernel(self, name: str) -> Callable:
+        from zemosaic_pipeline.pixels import cpu_combine, cpu_loops
+
+        kernel = getattr(cpu_combine if name == "combine_layers" else cpu_loops, name)
+        return kernel if self._compiled else kernel.py_func
+
+    def free_bytes(self, fraction: float) -> int | None:
+        """No limit of its own: the memory budget of the run holds."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def flat(image: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """An image (C, h, w) as one line of pixels, and the strides of its planes and rows in pixels; a view where its rows
+    are whole."""
+    if image.strides[2] != image.itemsize:
+        image = np.ascontiguousarray(image)
+    plane, row = image.strides[0] // image.itemsize, image.strides[1] // image.itemsize
+    length = (image.shape[0] - 1) * plane + (image.shape[1] - 1) * row + image.shape[2] if image.size else 0
+    return np.lib.stride_tricks.as_strided(image, (length,), (image.itemsize,)), plane, row
+
+
+def load_kernels() -> None:
+    """Have the compiled CPU kernels ready, which takes a moment even where they come from numba's cache."""
+    trial(CpuBackend())

@@ -1,0 +1,1 @@
+"""Raw frames as readers of calibrated, debayered rows; what their headers say; masters; frames on the sky."""

@@ -1,0 +1,62 @@
+"""Frames with their stars, and with their place on the sky."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from astropy.wcs import WCS
+
+from zemosaic_pipeline.raw.frame import Frame
+from zemosaic_pipeline.resample.survey import TileSurvey
+from zemosaic_pipeline.stars.detection import Stars
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A frame, its stars, and what its pixels are like: all that one look at the pixels tells.
+
+    ``mark`` is the fingerprint of the calibrated and debayered pixels.
+    """
+
+    frame: Frame
+    stars: Stars
+    survey: TileSurvey
+    mark: str
+
+
+class OnTheSky:
+    """What a ``frame`` and its ``wcs`` tell of where it lies."""
+
+    frame: Frame
+    wcs: WCS
+
+    @property
+    def name(self) -> str:
+        return self.frame.name
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Right ascension and declination of the frame's middle in degrees."""
+        height, width = self.frame.shape
+        sky = self.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
+        return float(sky.ra.deg), float(sky.dec.deg)
+
+    @property
+    def orientation(self) -> float:
+        """Position angle of the frame's rows in degrees, counted as the WCS matrix has it."""
+        matrix = self.wcs.pixel_scale_matrix
+        return float(np.degrees(np.arctan2(matrix[1, 0], matrix[1, 1])) % 360)
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedFrame(Look, OnTheSky):
+    """A frame with its place on the sky; ``solver`` says where the WCS comes from."""
+
+    wcs: WCS
+    solver: str
+
+
+def field_of(frame: Frame) -> float:
+    """Shorter side of a frame in degrees; half a degree where nobody knows its scale."""
+    return 0.5 if frame.scale is None else min(frame.shape) * frame.scale / 3600

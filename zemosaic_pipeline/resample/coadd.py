@@ -1,0 +1,216 @@
+"""Phase 5 engine: resample and coadd, block by block, on the CPU or the GPU.
+
+A block is a rectangle of the output. What is done for it is a pure function of (tiles, solution, block): for each tile
+that touches it, read the rows it needs, normalise them (`zemosaic_photometry.apply_photometric_normalization`),
+resample them with the pixel functions of `pixels.kernels`, weight, combine. Peak memory is that of the blocks under
+way, however large the mosaic. The backend (`pixels.backend_cuda`) says where the pixels are; this module does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from zemosaic_photometry import Normalisation, PhotometricSolution
+from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.host.threads import run_parallel
+from zemosaic_pipeline.pixels.backend_base import TilePart
+from zemosaic_pipeline.resample.blocks import intersection, plan_blocks, without
+from zemosaic_pipeline.resample.mesh import source_rows
+from zemosaic_pipeline.resample.options import STREAMED, CoaddOptions
+from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.placed import PlacedTile, readings
+from zemosaic_pipeline.resample.survey import WEIGHT_CELL
+
+#: Bytes of the layers of a block: in smaller ones the time goes into placing tiles, in larger ones into pages that the
+#: system clears anew.
+LAYERED_BYTES = 112 << 20
+
+
+def tile_part(
+    item: PlacedTile,
+    block: Rect,
+    options: CoaddOptions,
+    store: PixelStore,
+    normalisation: Normalisation | None = None,
+) -> tuple[np.ndarray, TilePart] | None:
+    """Normalised pixels of a tile that a block needs (host, (C, rows, W)) and what the kernels must know.
+
+    None where the block needs none. Tiles are normalised as they are read, before they go to a device: once a tile
+    instead of once a block, and bit-identical for both backends.
+    """
+    rect = intersection(item.rect, block)
+    rows = source_rows(item.mesh, rect, item.tile.shape) if rect else None
+    if rows is None:
+        return None
+    alpha = item.tile.read_alpha_rows(*rows)
+    part = TilePart(
+        origin=(rows[0], 0),
+        shape=item.tile.shape,
+        method=options.method,
+        alpha=np.ones((1, 1, 1), np.float32) if alpha is None else alpha[None],
+        weight_map=item.map(),
+        spacing=float(WEIGHT_CELL),
+        feather=float(item.feather),
+        scale=float(item.weight),
+        mesh=item.mesh.arguments,
+        block=(block[0], block[2]),
+        rect=rect,
+    )
+    return store.rows(item.tile, *rows, normalisation, readings(item, block, rows)), part
+
+
+def coadd_block(
+    placed: Sequence[PlacedTile],
+    solution: PhotometricSolution | None,
+    block: Rect,
+    options: CoaddOptions,
+    store: PixelStore,
+    backend: Any,
+    reader: ThreadPoolExecutor | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One block of the mosaic.
+
+    Parameters
+    ----------
+    placed : sequence of PlacedTile
+    solution : PhotometricSolution or None
+        Row k belongs to ``placed[k]``; None: no normalisation.
+    block : (y0, y1, x0, x1)
+    reader : executor, optional
+        Reads the next tile while this one is worked on.
+
+    Returns
+    -------
+    values : float32 (C, h, w), NaN where nothing was seen
+    coverage : float32 (h, w), sum of weights; for min, max, first and last the weight of the one sample taken
+    """
+    touching = [k for k, item in enumerate(placed) if intersection(item.rect, block)]
+    channels = placed[0].tile.channels if placed else 1
+    shape = (block[1] - block[0], block[3] - block[2])
+    if not touching:
+        return np.full((channels, *shape), np.nan, np.float32), np.zeros(shape, np.float32)
+
+    def read(k: int) -> tuple[np.ndarray, TilePart] | None:
+        return tile_part(placed[k], block, options, store, None if solution is None else solution.row(k))
+
+    parts = _read_ahead(read, touching, reader)
+    if options.combine in STREAMED:
+        return _streamed_block(parts, channels, shape, options, backend)
+    return _layered_block(parts, len(touching), channels, shape, options, backend)
+
+
+def _read_ahead(read: Callable, keys: Sequence[int], reader: ThreadPoolExecutor | None) -> Iterator:
+    """``read(key)`` for every key in order, one ahead of the consumer where there is a reader."""
+    if reader is None:
+        yield from map(read, keys)
+        return
+    ahead = None
+    for key in keys:
+        future = reader.submit(read, key)
+        if ahead is not None:
+            yield ahead.result()
+        ahead = future
+    if ahead is not None:
+        yield ahead.result()
+
+
+def _streamed_block(
+    parts: Iterator, channels: int, shape: tuple[int, int], options: CoaddOptions, backend
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean or sum, tile by tile into sums; one download a block."""
+    sums = backend.zeros((channels + 1, *shape))
+    for found in parts:
+        if found is not None:
+            source, part = found
+            backend.resample(backend.upload(source), part, sums[:channels], sums[channels], True)
+    sums = backend.download(sums)
+    values, coverage = sums[:channels], sums[channels]
+    if options.combine == "sum":
+        values[:, coverage == 0] = np.nan
+        return values, coverage
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values /= coverage
+    return values, coverage
+
+
+def _layered_block(
+    parts: Iterator,
+    layers: int,
+    channels: int,
+    shape: tuple[int, int],
+    options: CoaddOptions,
+    backend,
+):
+    """Combine that needs all values of a pixel at once: one layer a tile."""
+    from zemosaic_pipeline.pixels import combine as how
+
+    methods = {
+        "median": how.MEDIAN,
+        "sigma_clip": how.SIGMA_CLIP,
+        "winsorized": how.WINSORIZED,
+        "winsorized_clip": how.WINSORIZED_CLIP,
+        "linear_fit_clip": how.LINEAR_FIT_CLIP,
+        "min": how.MINIMUM,
+        "max": how.MAXIMUM,
+        "first": how.FIRST,
+        "last": how.LAST,
+    }
+    values = backend.scratch((layers, channels, *shape))  # read only where there is a weight
+    weights = backend.zeros((layers, *shape))
+    for n, found in enumerate(parts):
+        if found is not None:
+            source, part = found
+            backend.resample(backend.upload(source), part, values[n], weights[n], False)
+    out = backend.zeros((channels + 1, *shape))
+    backend.combine(values, weights, methods[options.combine], options.limits, out)
+    out = backend.download(out)
+    return out[:channels], out[channels]
+
+
+def coadd(
+    placed: Sequence[PlacedTile],
+    solution: PhotometricSolution | None,
+    shape: tuple[int, int],
+    options: CoaddOptions,
+    store: PixelStore,
+    backend: Any,
+    sink: Callable[[Rect, np.ndarray, np.ndarray], None],
+    bytes_for_blocks: int,
+    jobs: int = 1,
+    cancelled: Callable[[], bool] = lambda: False,
+    done: Sequence[Rect] = (),
+) -> None:
+    """Make the whole mosaic, block by block, and hand every block to ``sink(block, values, coverage)``.
+
+    ``sink`` is called once for every block, in any order, from several threads on the CPU. Peak memory is
+    ``bytes_for_blocks`` for all blocks under way together. ``cancelled`` is asked between blocks. The rectangles
+    ``done`` are left out; no pixel's bits depend on how the rest is cut into blocks.
+
+    Raises
+    ------
+    ValueError
+        The solution belongs to another number of tiles.
+    """
+    if solution is not None and len(solution.gain) != len(placed):
+        raise ValueError(f"a solution of {len(solution.gain)} tiles for {len(placed)} tiles")
+    workers = jobs if backend.parallel_blocks else 1
+    limit = max(bytes_for_blocks // workers, 1)
+    if options.combine not in STREAMED:
+        limit = min(limit, LAYERED_BYTES)
+    blocks = without(plan_blocks(shape, placed, options, limit), done)
+
+    def work(block: Rect, reader: ThreadPoolExecutor | None = None) -> None:
+        sink(block, *coadd_block(placed, solution, block, options, store, backend, reader))
+
+    if backend.parallel_blocks:
+        run_parallel(work, blocks, workers, cancelled)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        for block in blocks:
+            if cancelled():
+                return
+            work(block, reader)

@@ -1,0 +1,146 @@
+"""Step 1 of Phase 5: the tiles as means over the cells of one coarse grid, for the photometric solver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.overlaps.pairs import CoarseTile
+from zemosaic_pipeline.resample.mesh import mesh_positions, source_rows
+from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.placed import PlacedTile, readings
+from zemosaic_pipeline.resample.survey import TileSurvey
+from zemosaic_pipeline.sky import pixel_scale
+
+#: Rows of the output measured at a time.
+STRIP = 2048
+#: Cells between two samples of the pixels' solid angle.
+AREA_STEP = 8
+
+
+def coarse_window(rect: Rect, cell_px: int) -> Rect:
+    """Coarse cells (cy0, cy1, cx0, cx1) that lie wholly within an output rectangle."""
+    return -(-rect[0] // cell_px), rect[1] // cell_px, -(-rect[2] // cell_px), rect[3] // cell_px
+
+
+def overlap_counts(placed: Sequence[PlacedTile], shape: tuple[int, int], cell_px: int) -> np.ndarray:
+    """How many tiles touch each coarse cell of the output, uint16."""
+    counts = np.zeros((shape[0] // cell_px + 1, shape[1] // cell_px + 1), np.uint16)
+    for item in placed:
+        cy0, cy1, cx0, cx1 = coarse_window(item.rect, cell_px)
+        counts[cy0:cy1, cx0:cx1] += cells_touched(item, cell_px)
+    return counts
+
+
+def cells_touched(item: PlacedTile, cell_px: int) -> np.ndarray:
+    """Coarse cells within the tile's rectangle that it touches, uint8 (h, w)."""
+    from zemosaic_pipeline.pixels.cpu_loops import cells_inside
+
+    cy0, cy1, cx0, cx1 = coarse_window(item.rect, cell_px)
+    found = np.zeros((max(cy1 - cy0, 0), max(cx1 - cx0, 0)), np.uint8)
+    cells_inside(item.mesh.arguments, item.tile.shape, cell_px, (cy0, cx0), found)
+    return found
+
+
+def measure_tile(
+    item: PlacedTile,
+    survey: TileSurvey,
+    counts: np.ndarray,
+    cell_px: int,
+    store: PixelStore,
+    backend: Any,
+    every: int = 1,
+) -> CoarseTile:
+    """Means of a tile over the cells of the common coarse grid.
+
+    Only cells that another tile touches too are measured in full, and every 16th of the others for the tile's sky.
+    With ``every`` = 2, a quarter of their pixels will do: the spline of a sample reaches to its neighbours.
+    """
+    cy0, cy1, cx0, cx1 = coarse_window(item.rect, cell_px)
+    wanted = cells_touched(item, cell_px)
+    alone = counts[cy0:cy1, cx0:cx1] < 2
+    sparse = np.zeros_like(wanted)
+    sparse[::4, ::4] = 1
+    wanted[alone & (sparse == 0)] = 0
+    sums = np.zeros((item.tile.channels, *wanted.shape))
+    number = np.zeros(wanted.shape, np.int32)
+    strip_cells = max(STRIP // cell_px, 1)
+    for top in range(0, wanted.shape[0], strip_cells):
+        bottom = min(top + strip_cells, wanted.shape[0])
+        rect = ((cy0 + top) * cell_px, (cy0 + bottom) * cell_px, cx0 * cell_px, cx1 * cell_px)
+        rows = source_rows(item.mesh, rect, item.tile.shape) if wanted.shape[1] else None
+        if rows is None:
+            continue
+        source = backend.upload(store.rows(item.tile, *rows, readings=readings(item, rect, rows)))
+        strip = backend.zeros((item.tile.channels, bottom - top, wanted.shape[1]), "float64")
+        strip_number = backend.zeros((bottom - top, wanted.shape[1]), "int32")
+        backend.measure(
+            source, (rows[0], 0), item.tile.shape, item.mesh.arguments, cell_px, every, (cy0 + top, cx0),
+            np.ascontiguousarray(wanted[top:bottom]), strip, strip_number,
+        )  # fmt: skip
+        sums[:, top:bottom] = backend.download(strip)
+        number[top:bottom] = backend.download(strip_number)
+    with np.errstate(invalid="ignore"):
+        means = (sums / number).astype(np.float32)
+    return coarse_tile(item, survey, (cy0, cx0), means, number * every**2, cell_px)
+
+
+def relative_area(item: PlacedTile, corner: tuple[int, int], cells: tuple[int, int], cell_px: int) -> np.ndarray | None:
+    """Solid angle of a tile pixel in each cell, float32 (h, w), relative to that in the tile's middle.
+
+    It contains the solid angle of the output's pixels, a factor common to all tiles. None for too few cells.
+    """
+    if min(cells) < 2:
+        return None
+    # so smooth that every eighth cell will do
+    spots = [np.unique(np.append(np.arange(0, n, AREA_STEP), n - 1)) for n in cells]
+    middles = [cell_px * (first + spot) + cell_px // 2 for first, spot in zip(corner, spots, strict=True)]
+    positions = mesh_positions(item.mesh, *middles)
+    (xy, yy), (xx, yx) = (np.gradient(positions, middle, axis=1 + k) for k, middle in enumerate(middles))
+    with np.errstate(divide="ignore"):
+        area = 1.0 / np.abs(xx * yy - xy * yx) / pixel_scale(item.tile.wcs) ** 2
+    known = np.isfinite(area)
+    if not known.any():
+        return None
+    area = np.where(known, area, np.median(area[known]))
+    down, across = (linear_weights(spot, n) for spot, n in zip(spots, cells, strict=True))
+    return (down @ area @ across.T).astype(np.float32)
+
+
+def linear_weights(spots: np.ndarray, length: int) -> np.ndarray:
+    """Dense (length, len(spots)) matrix that interpolates linearly between samples at ascending ``spots``."""
+    return np.stack([np.interp(np.arange(length), spots, row) for row in np.eye(len(spots))], axis=1)
+
+
+def coarse_tile(
+    item: PlacedTile,
+    survey: TileSurvey,
+    corner: tuple[int, int],
+    means: np.ndarray,
+    number: np.ndarray,
+    cell_px: int,
+) -> CoarseTile:
+    """The measured tile with its sky level and the noise of its cells.
+
+    A cell averages as many tile pixels as it covers, whatever the interpolation in between.
+    """
+    step = item.mesh.step
+    scale = float(np.nanmedian(np.hypot(*np.diff(item.mesh.nodes, axis=2)))) / step
+    noise = survey.noise / (cell_px * max(scale, 1e-6))
+    full = number >= 0.5 * cell_px * cell_px
+    sky = np.zeros(len(means))
+    if full.any():
+        sky = np.percentile(means[:, full], 30, axis=1).astype(float)
+    return CoarseTile(
+        name=item.tile.name,
+        corner=corner,
+        means=means,
+        fraction=(number / float(cell_px * cell_px)).astype(np.float32),
+        noise=noise,
+        pixel_noise=survey.noise,
+        sky=sky,
+        area=relative_area(item, corner, number.shape, cell_px),
+    )

@@ -1,0 +1,1 @@
+"""Known skies: the panels and the night of the demonstrations, tests and benchmarks."""
