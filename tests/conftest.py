@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from scenes.places import NO_REAL_DATA
 from zemosaic_photometry import compute_photometric_gains_and_offsets
 from zemosaic_pipeline.fits.tile import Tile, array_tile
 from zemosaic_pipeline.resample.coadd import coadd
@@ -41,6 +42,13 @@ def xp(request):
     import cupy
 
     return SimpleNamespace(name="cupy", module=cupy, to=cupy.asarray, back=cupy.asnumpy)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many tests were skipped for want of the real data: a moved folder must not go unnoticed."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    missed = sum(NO_REAL_DATA in reason for reason in reasons)
+    terminalreporter.write_line(f"{missed} skipped for want of real data, {len(reasons) - missed} for other reasons")
 
 
 def require_card():
@@ -158,7 +166,7 @@ def robust_range(image):
 
 
 def assert_parity(ours, cpu):
-    """Equality asked between backends (DESIGN section 6): all but the pixels bit by bit, the pixels to 1e-5."""
+    """Equality asked between backends (docs/architecture.md): all but the pixels bit by bit, the pixels to 1e-5."""
     for a, b in zip(ours.coarse, cpu.coarse, strict=True):
         assert a.corner == b.corner
         for name in ("means", "fraction", "noise", "pixel_noise", "sky"):

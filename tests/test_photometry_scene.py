@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from scenes.places import benchmark
 from zemosaic_photometry import compute_photometric_gains_and_offsets
 from zemosaic_pipeline.synthetic.panels import Layout
 
 SMALL = Layout(rows=2, columns=2, shape=(240, 320), overlap=0.25)
 
 
-def load_benchmark():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "photometry.py"
-    spec = importlib.util.spec_from_file_location("photometry_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_benchmark()
+bench = benchmark("photometry")
 
 
 @pytest.mark.parametrize(

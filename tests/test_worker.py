@@ -20,9 +20,9 @@ import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
 from PIL import Image
-from small_scene import LAYOUT, LOG, digests, pixels, product, run, small_sky, write_scene
 
 import zemosaic_worker
+from scenes.small_scene import LAYOUT, LOG, digests, pixels, product, run, small_sky, write_scene
 from zemosaic_pipeline import errors
 from zemosaic_pipeline.cli.listeners import TerminalBar
 from zemosaic_pipeline.host.progress import STAGES, Reporter

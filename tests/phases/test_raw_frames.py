@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
-from small_scene import LOG, digests, long_ago, pixels, product, run, write_scene
 
+from scenes.places import benchmark
+from scenes.small_scene import LOG, digests, long_ago, pixels, product, run, write_scene
 from zemosaic_pipeline.errors import Cancelled, UsageError
 from zemosaic_pipeline.gui.plan import read_plan
 from zemosaic_pipeline.phases.phase1_frames import FramePlan
@@ -23,8 +24,6 @@ from zemosaic_pipeline.platesolve.choose import choose_solver
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.synthetic.night import Night, night_truth, write_calibration, write_night
 from zemosaic_worker import run_hierarchical_mosaic
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 #: Two panels of six frames, a clouded and a trailed one among them, and two satellites.
 NIGHT = Night(
@@ -134,7 +133,7 @@ def test_the_bad_frames_are_named(done):
 
 
 def test_the_frames_lie_where_they_were_taken(done):
-    import night_judge
+    night_judge = benchmark("night_judge")
 
     _, _, report = done
     truth = night_truth(NIGHT)
@@ -153,7 +152,7 @@ def test_the_frames_lie_where_they_were_taken(done):
 @pytest.fixture(scope="module")
 def judged(done):
     """The judges of the benchmark, the truth, and the matched master tiles with their rows of the report."""
-    import night_judge
+    night_judge = benchmark("night_judge")
 
     _, out, report = done
     truth, tiles = night_truth(NIGHT), []
@@ -199,7 +198,7 @@ def solver_required():
 
 
 def test_frames_are_solved_for_real(solver_required, nights, tmp_path):
-    import night_judge
+    night_judge = benchmark("night_judge")
 
     night = replace(SMALL, frames=3, shape=(640, 360), scale=7.2, faint_per_megapixel=500, with_wcs=False)
     report = stack(nights(night), tmp_path / "out").report

@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import gui_start
 import pytest
-from small_scene import product, write_scene
+
+from scenes.small_scene import product, write_scene
+from stand_ins import gui_start
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 try:

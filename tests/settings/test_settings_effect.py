@@ -16,8 +16,8 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_scales
 from PIL import Image
-from small_scene import LAYOUT, LOG, digests, pixels, product, small_sky, write_scene
 
+from scenes.small_scene import LAYOUT, LOG, digests, pixels, product, small_sky, write_scene
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.host import telemetry, threads
 from zemosaic_pipeline.phases import clustering, phase1_solve

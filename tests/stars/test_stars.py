@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +13,12 @@ from astropy.io import fits
 from astropy.wcs import WCS, Sip
 from scipy.special import erf
 
+from scenes.places import real_files
 from zemosaic_pipeline.stars.alignment import align_frames
 from zemosaic_pipeline.stars.detection import Stars, find_stars, position_error
 from zemosaic_pipeline.stars.matching import Affine, fit_affine, moved_wcs, pointing_disagrees, transfer_wcs
 from zemosaic_pipeline.stars.quality import frame_quality
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/ngc7023_seestar"
 SHAPE = (1920, 1080)
 NOISE = 20.0
 
@@ -415,9 +414,7 @@ def test_a_pointing_outside_the_frame_contradicts_its_wcs():
 @pytest.fixture(scope="module")
 def real():
     cv2 = pytest.importorskip("cv2")
-    paths = sorted(REAL.glob("*.fit"))
-    if not paths:
-        pytest.skip(f"the real Seestar frames are absent ({REAL})")
+    paths = real_files("ngc7023_seestar")
     stars = []
     for path in paths:
         colour = cv2.cvtColor(fits.getdata(path).astype(np.uint16), cv2.COLOR_BayerGB2RGB)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from astropy.io import fits
-from fits_samples import IMAGE, H, W, celestial_header, pixels, save
 
+from scenes.fits_samples import IMAGE, H, W, celestial_header, pixels, save
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.fits.admission import scan_tiles
 from zemosaic_pipeline.fits.find import find_fits_files

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from scipy.ndimage import convolve
 
+from scenes.places import benchmark
 from zemosaic_pipeline.synthetic.night import (
     DEMO,
     Night,
@@ -33,21 +31,7 @@ SMALL = Night(
 )
 
 
-def load_judges():
-    """The benchmark's module, which is no part of the program."""
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "night_judge.py"
-    spec = importlib.util.spec_from_file_location("night_judge", path)
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return module
-
-
-nj = load_judges()
+nj = benchmark("night_judge")
 
 
 # ---- the generator

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
-from index_stars import index_file, stars_near
 
+from scenes.index_stars import index_file, stars_near
+from scenes.places import real_files
 from zemosaic_pipeline.errors import Cancelled
 from zemosaic_pipeline.platesolve import astap, astrometry_net
 from zemosaic_pipeline.platesolve.base import Hints, SolveError, SolverMissing, run_program, wcs_header
@@ -28,7 +29,6 @@ from zemosaic_pipeline.platesolve.choose import choose_solver
 from zemosaic_pipeline.settings.settings import Settings
 
 SHAPE = (1920, 1080)
-SUBS = sorted((Path(__file__).parents[2] / "shared/data/ngc7023_seestar").glob("*.fit"))
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,9 @@ def test_solve_field_finds_the_true_wcs(solve_field, tmp_path, case):
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif(not SUBS, reason="NO REAL SUBS: shared/data/ngc7023_seestar is absent")
 def test_solve_field_on_real_subs(solve_field, tmp_path):
     sep = pytest.importorskip("sep", reason="NO SEP: stars of real subs cannot be found")
-    for path in SUBS:
+    for path in real_files("ngc7023_seestar"):
         data, header = fits.getdata(path).astype(np.float32), fits.getheader(path)
         data = data.reshape(960, 2, 540, 2).mean(axis=(1, 3))  # each Bayer cell is one pixel
         data -= sep.Background(data).back()

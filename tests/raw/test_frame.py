@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import gzip
 from itertools import pairwise, product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
-from fits_samples import celestial_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
+from scenes.fits_samples import celestial_header
+from scenes.places import real_files
 from zemosaic_pipeline.errors import UnusableFile
 from zemosaic_pipeline.raw.calibration import Calibration, load_calibration
 from zemosaic_pipeline.raw.frame import open_frame
 from zemosaic_pipeline.raw.header import PATTERNS
 
-SEESTAR = Path(__file__).parents[1] / "../shared/data/ngc7023_seestar"
 PLAIN = Calibration(debayer_method="bilinear", hot_pixel_sigma=0)
 REPAIR = Calibration(debayer_method="bilinear", hot_pixel_sigma=8)
 SKY, NOISE = 800.0, 30.0
@@ -397,9 +396,7 @@ def test_a_file_that_breaks_later_is_told(tmp_path):
 
 @pytest.mark.realdata
 def test_real_subs():
-    files = sorted(SEESTAR.glob("*.fit"))
-    if not files:
-        pytest.skip(f"no real Seestar subs in {SEESTAR}")
+    files = real_files("ngc7023_seestar")
     for path in files[::5]:
         frame = open_frame(path, path.name, REPAIR, "unused")
         assert (frame.raw, frame.shape, frame.exposure) == (True, (1920, 1080), float(path.name.split("_")[2][:-3]))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zemosaic_pipeline.files import atomic_path
-from zemosaic_pipeline.gui import line_limit
+from zemosaic_pipeline.gui import messages
 from zemosaic_pipeline.gui.line_limit import LineLimit
 from zemosaic_pipeline.gui.process import serve
 from zemosaic_pipeline.host import progress
@@ -180,7 +180,7 @@ def chatty(queue: Any, output_dir: str, limited: bool) -> None:
     """A process that chats, with the limits of a run or without any."""
     if not limited:
         progress.SECONDS_BETWEEN_COUNTS = 0
-        line_limit.LineLimit = lambda: LineLimit(burst=10**9)
+        messages.LineLimit = lambda: LineLimit(burst=10**9)
     serve(chatty_engine, queue, (), {"input_dir": output_dir, "output_dir": output_dir})
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
-from fits_samples import IMAGE, H, W, celestial_header, pixels, save
 
+from scenes.fits_samples import IMAGE, H, W, celestial_header, pixels, save
 from zemosaic_pipeline.errors import UnusableFile
 from zemosaic_pipeline.fits import tile as zf
 

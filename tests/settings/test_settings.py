@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from scenes.places import ROOT
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.settings import docs as zst
 from zemosaic_pipeline.settings import gui_keys as zfk
 from zemosaic_pipeline.settings.settings import GUI_KEYS, SETTINGS, Settings, load_config, parse_overrides
 from zemosaic_pipeline.settings.values import format_size, parse_size
 
-ROOT = Path(__file__).parents[1]
-RECORDED = json.loads((ROOT / "tests/data/gui_kwargs.json").read_text(encoding="utf-8"))["kwargs"]
+RECORDED = json.loads((ROOT / "tests/stand_ins/data/gui_kwargs.json").read_text(encoding="utf-8"))["kwargs"]
 # Sent in some starts of the GUI, not in the recorded one.
 NOT_RECORDED = {"solver_settings_dict", "filter_invoked", "filter_overrides", "filtered_header_items"}
 BY_KEY = {row.key: row for row in SETTINGS}

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.utils.exceptions import AstropyUserWarning
-from small_scene import LOG, digests, pixels, product, run, write_scene
 
 import zemosaic_worker
+from scenes.small_scene import LOG, digests, pixels, product, run, write_scene
 from zemosaic_pipeline import errors
 from zemosaic_pipeline.fits import admission, writer
 from zemosaic_pipeline.fits.headers import quiet

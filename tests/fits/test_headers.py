@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
-from fits_samples import H, W, celestial_header, pixels, save
 
+from scenes.fits_samples import H, W, celestial_header, pixels, save
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.fits.headers import looks_stacked, read_wcs_file
 from zemosaic_pipeline.fits.tile import open_tile

@@ -21,11 +21,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gui_start
 import numpy as np
 import psutil
 import pytest
-from gui_start import (
+
+import zemosaic_worker
+from scenes.small_scene import LOG, digests, product, write_scene
+from stand_ins import gui_start
+from stand_ins.gui_start import (
     CANCELLED,
     RECORDED,
     STATE,
@@ -36,9 +39,6 @@ from gui_start import (
     snapshot,
     start,
 )
-from small_scene import LOG, digests, product, write_scene
-
-import zemosaic_worker
 from zemosaic_pipeline.errors import Cancelled, RunError, UsageError
 from zemosaic_pipeline.gui.line_limit import LineLimit
 from zemosaic_pipeline.gui.messages import Channel, Herald, LastState, plain
@@ -123,8 +123,8 @@ def test_the_program_folder_may_be_a_package(panels, tmp_path):
     for module in ROOT.glob("zemosaic_*.py"):
         shutil.copy(module, package)
     shutil.copytree(ROOT / "zemosaic_pipeline", package / "zemosaic_pipeline")
-    shutil.copy(ROOT / "tests/gui_start.py", package / "window.py")
-    shutil.copytree(ROOT / "tests/data", package / "data")
+    shutil.copy(ROOT / "tests/stand_ins/gui_start.py", package / "window.py")
+    shutil.copytree(ROOT / "tests/stand_ins/data", package / "data")
     (package / "run_zemosaic.py").write_text(
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
@@ -553,7 +553,7 @@ def test_a_run_that_does_not_listen_is_ended(tmp_path):
 ORPHAN = """
 import os, signal, sys
 from pathlib import Path
-import gui_start
+from stand_ins import gui_start
 
 if __name__ == "__main__":
     run = gui_start.start(gui_start.deaf, output_dir=sys.argv[1])

@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from fake_cuda import Card, CUDARuntimeError
 
+from stand_ins.fake_cuda import Card, CUDARuntimeError
 from zemosaic_photometry import apply_photometric_normalization, coverage_scale
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.pixels.backend_base import DeviceFailure, NoGpuSupport

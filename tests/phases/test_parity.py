@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
-from fake_cuda import PACES, Card, CUDARuntimeError, OutOfMemoryError
-from small_scene import OPTIONS
 
 import zemosaic_photometry
+from scenes.small_scene import OPTIONS
+from stand_ins.fake_cuda import PACES, Card, CUDARuntimeError, OutOfMemoryError
 from zemosaic_photometry import coverage_gain, coverage_scale, identity_solution
 from zemosaic_pipeline.fits.tile import array_tile
 from zemosaic_pipeline.pixels import backend_cuda

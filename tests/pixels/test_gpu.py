@@ -8,8 +8,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from small_scene import OPTIONS
 
+from scenes.small_scene import OPTIONS
 from zemosaic_pipeline.pixels.backend_cuda import open_cuda, trial, uncontracted
 from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
 

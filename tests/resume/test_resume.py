@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_scene import digests, long_ago, product, write_scene
 
 import zemosaic_worker
+from scenes.small_scene import digests, long_ago, product, write_scene
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.files import checksum, pack, unpack
 from zemosaic_pipeline.fits.preview import PreviewAccumulator

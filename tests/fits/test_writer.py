@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from astropy.io import fits
-from fits_samples import IMAGE, H, W, celestial_header, pixels, save
 
+from scenes.fits_samples import IMAGE, H, W, celestial_header, pixels, save
 from zemosaic_pipeline.errors import RunError
 from zemosaic_pipeline.fits.writer import MosaicWriter
 

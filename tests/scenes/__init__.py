@@ -1,0 +1,1 @@
+"""Skies, files and places that many tests share."""

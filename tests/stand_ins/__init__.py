@@ -1,0 +1,1 @@
+"""What stands in for a card, and for ZeMosaic's window."""
