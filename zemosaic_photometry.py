@@ -55,6 +55,19 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
+class TileWarning:
+    """What the solution has to say of a tile; ``kind`` is one of bad_tile, no_overlap, second_island,
+    gain_undetermined."""
+
+    tile: str
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.tile}: {self.kind}: {self.text}"
+
+
+@dataclass(frozen=True)
 class PhotometricSolution:
     """Gain, pivot and level of every tile and channel, (K, C) float64: ``C = (y - pivot) / gain + level``.
 
@@ -72,7 +85,7 @@ class PhotometricSolution:
     excluded: np.ndarray
     pairs: tuple[PairRelation, ...] = ()
     step_after: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[TileWarning, ...] = ()
 
     @property
     def offset(self) -> np.ndarray:
@@ -181,7 +194,6 @@ def compute_photometric_gains_and_offsets(
     options = options or PhotometryOptions()
     if not tiles or len({len(t.noise) for t in tiles}) != 1:
         raise ValueError("compute_photometric_gains_and_offsets needs tiles with the same number of channels")
-    notes: list[str] = []
     excluded = absurd_levels(tiles) if options.reject_bad_tiles else np.zeros(len(tiles), bool)
     if pairs is None:
         pairs = measure_pairs(tiles, excluded)
@@ -192,11 +204,9 @@ def compute_photometric_gains_and_offsets(
             break
         excluded = excluded.copy()
         excluded[worst] = True
-    notes += [
-        f"{tiles[k].name}: bad_tile: its values do not belong to this sky; left out of the mosaic"
-        for k in np.nonzero(excluded)[0]
-    ]
-    return replace(solution, warnings=(*notes, *solution.warnings))
+    text = "its values do not belong to this sky; left out of the mosaic"
+    bad = [TileWarning(tiles[k].name, "bad_tile", text) for k in np.nonzero(excluded)[0]]
+    return replace(solution, warnings=(*bad, *solution.warnings))
 
 
 def absurd_levels(tiles: Sequence[CoarseTile]) -> np.ndarray:
@@ -263,7 +273,7 @@ def components(count: int, pairs: Sequence[PairRelation]) -> np.ndarray:
     return rank[labels]
 
 
-def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded: np.ndarray) -> list[str]:
+def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded: np.ndarray) -> list[TileWarning]:
     """One named warning for each tile or group that overlaps nothing."""
     notes = []
     groups = [np.nonzero((component == c) & ~excluded)[0] for c in range(component.max() + 1)]
@@ -272,19 +282,18 @@ def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded
         return notes
     for group in groups[1:]:
         if len(group) == 1:
-            notes.append(f"{tiles[group[0]].name}: no_overlap: it overlaps no other tile; matched by its sky alone")
+            text = "it overlaps no other tile; matched by its sky alone"
+            notes.append(TileWarning(tiles[group[0]].name, "no_overlap", text))
         else:
             names = ", ".join(tiles[k].name for k in group[:5]) + (", ..." if len(group) > 5 else "")
-            notes.append(
-                f"{tiles[group[0]].name}: second_island: this group of {len(group)} tiles ({names}) overlaps no other; "
-                "matched by its sky alone"
-            )
+            text = f"this group of {len(group)} tiles ({names}) overlaps no other; matched by its sky alone"
+            notes.append(TileWarning(tiles[group[0]].name, "second_island", text))
     return notes
 
 
 def solve_gains(
     tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], excluded: np.ndarray, se_limit: float
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+) -> tuple[np.ndarray, np.ndarray, list[TileWarning]]:
     """Gains (K, C) and standard errors of ln gain; a tile without a believable gain has gain 1 in all channels.
 
     Undetermined tiles are taken out of the graph and the rest is solved again, until nothing changes.
@@ -322,11 +331,11 @@ def solve_gains(
     log_gain[undetermined] = 0.0
     error[undetermined] = np.inf
     if count - excluded.sum() > 1:
-        notes = [
-            f"{tiles[k].name}: gain_undetermined: its overlaps have too little structure (or its gain would lie outside "
-            f"1/{SANE_GAIN:g} .. {SANE_GAIN:g}); gain 1 in all channels, only its background is matched"
-            for k in np.nonzero(undetermined)[0]
-        ]
+        text = (
+            f"its overlaps have too little structure (or its gain would lie outside 1/{SANE_GAIN:g} .. {SANE_GAIN:g}); "
+            "gain 1 in all channels, only its background is matched"
+        )
+        notes = [TileWarning(tiles[k].name, "gain_undetermined", text) for k in np.nonzero(undetermined)[0]]
     return np.exp(log_gain), error, notes
 
 

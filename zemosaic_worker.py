@@ -8,36 +8,27 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zemosaic_pipeline.cli import main as cli
-from zemosaic_pipeline.files import to_jsonable, write_json
 from zemosaic_pipeline.gui.filter_window import (
     _auto_split_groups,
     _compute_max_angular_separation_deg,
     cluster_seestar_stacks_connected,
 )
 from zemosaic_pipeline.gui.process import serve
-from zemosaic_pipeline.host.folders import (
-    log_file,
-    log_start,
-    prepare_output,
-    program_version,
-    scratch_folder,
-    usable_input,
-)
-from zemosaic_pipeline.host.progress import Reporter
-from zemosaic_pipeline.host.telemetry import telemetry_feed
-from zemosaic_pipeline.host.threads import collect_seldom, worker_count
+from zemosaic_pipeline.host.folders import prepare_output, usable_input
+from zemosaic_pipeline.host.threads import collect_seldom
 from zemosaic_pipeline.phases.frame_plan import FramePlan
 from zemosaic_pipeline.phases.result import MosaicResult
-from zemosaic_pipeline.resume.checkpoints import Checkpoints, checkpoints
 from zemosaic_pipeline.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from zemosaic_pipeline.fits.tile import Tile
+    from zemosaic_pipeline.phases.run import Run
 
 __all__ = [
     "MosaicResult",
@@ -97,28 +88,20 @@ def run_hierarchical_mosaic(
     Cancelled
         ``cancelled`` said so.
     """
-    started = time.monotonic()
+    # here and below, what is heavy is imported when it is needed: the window imports this module at its own start
+    from zemosaic_pipeline.phases.run import open_run
+
     settings = settings or Settings()
     if overrides:
         settings, more = Settings.from_mapping({**asdict(settings), **overrides}, "Python call")
         notes = [*notes, *more]
     source = usable_input(Path(input_folder), settings)
     output = prepare_output(Path(output_folder))
-    with log_file(output / "zemosaic_worker.log", settings.logging_level) as logger:
-        reporter = Reporter(logger, *([progress_callback] if progress_callback else []))
-        log_start(logger, source, output, settings)
-        for note in notes:
-            reporter.warn("", note)
-        with (
-            scratch_folder(output, settings) as scratch,
-            checkpoints(output, settings, lambda level, text: reporter.say(level, "", text)) as kept,
-        ):
-            result = run_phases(source, output, scratch, settings, reporter, cancelled, kept, plan)
-            reporter.stage("phase7", 0, 1)
-        reporter.stage("phase7", 1, 1)
-        duration = round(time.monotonic() - started, 1)
-        reporter.say("SUCCESS", "run_success_processing_completed", f"done in {duration} s", duration=duration)
-        return result
+    listeners = [progress_callback] if progress_callback else []
+    with open_run(
+        source, output, settings, plan=plan, listeners=listeners, notes=notes, cancelled=cancelled
+    ) as run:  # fmt: skip
+        return make_mosaic(run)
 
 
 def run_hierarchical_mosaic_process(
@@ -147,158 +130,50 @@ def run_hierarchical_mosaic_process(
         sys.exit(status)
 
 
-def run_phases(
-    source: Path,
-    output: Path,
-    scratch: Path,
-    settings: Settings,
-    reporter: Reporter,
-    cancelled: Callable[[], bool],
-    kept: Checkpoints,
-    plan: FramePlan | None = None,
-) -> MosaicResult:
-    """The seven phases, in order."""
-    from threadpoolctl import threadpool_limits
+def make_mosaic(run: Run) -> MosaicResult:
+    """The seven phases, in order; each takes what the one before has made."""
+    from zemosaic_pipeline.phases.phase1_tiles import open_panels
+    from zemosaic_pipeline.phases.phase3_master_tiles import remove_master_tiles
+    from zemosaic_pipeline.phases.phase4_grid import lay_out
+    from zemosaic_pipeline.phases.phase5_aesthetic import coadd_aesthetic
+    from zemosaic_pipeline.phases.phase5_coadd import coadd_science
+    from zemosaic_pipeline.phases.phase5_normalise import normalise
+    from zemosaic_pipeline.phases.phase6_report import write_report
+    from zemosaic_pipeline.phases.phase6_save import finish_outputs, outputs_of
 
-    from zemosaic_pipeline.fits.headers import quiet
-    from zemosaic_pipeline.host.telemetry import PhaseClock, ResourceMonitor
-    from zemosaic_pipeline.phases.phase1_tiles import scan
-    from zemosaic_pipeline.phases.phase4_grid import lay_out, trimmed
-    from zemosaic_pipeline.phases.phase5_aesthetic import aesthetic_factors, aesthetic_solution, colour_adjustment
-    from zemosaic_pipeline.phases.phase5_coadd import coadd_to_disk, wants_aesthetic
-    from zemosaic_pipeline.phases.phase5_normalise import normalise, surveying
-    from zemosaic_pipeline.phases.phase6_report import describe, history_lines
-    from zemosaic_pipeline.phases.phase6_save import output_paths, product_header, warn_of_rounding
-    from zemosaic_pipeline.phases.run import STORE_SHARE, Run
-    from zemosaic_pipeline.pixels.backend_cuda import open_cuda
-    from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
-    from zemosaic_pipeline.resample.pixel_store import PixelStore
-
-    started = time.monotonic()
-    switch = BackendSwitch(
-        settings.gpu,
-        lambda: open_cuda(settings.gpu_id_phase5, settings.gpu_selector),
-        lambda key, text: reporter.warn(key, text, reason=switch.reason),
-    )
-    run = Run(settings, output, reporter, switch, worker_count(settings), cancelled, kept=kept)
-    csv = output / "resource_telemetry.csv"
-    with ExitStack() as stack:
-        # our own threads use the cores; the linear algebra of small systems must not compete with them
-        stack.enter_context(threadpool_limits(1))
-        stack.enter_context(quiet())
-        monitor = None
-        if settings.enable_resource_telemetry:
-            monitor = stack.enter_context(
-                ResourceMonitor(
-                    csv if settings.resource_telemetry_log_to_csv else None,
-                    interval_sec=settings.resource_telemetry_interval_sec,
-                    gpu_index=settings.gpu_id_phase5,
-                    warn=lambda text: reporter.warn("", text),
-                )
-            )
-            reporter.callbacks.append(telemetry_feed(monitor))
-            monitor.update(cpu_workers=run.jobs, max_chunk_bytes=settings.memory_budget)
-        clock = PhaseClock(monitor)
-        stack.callback(switch.close)
-
-        with clock.phase("phase1_scan"):
-            tiles = scan(run, source, output, scratch) if plan is None else None
-        made: list = []
-        if tiles is None:
-            tiles = made = tiles_of_frames(run, clock, source, scratch, plan)
-        store = PixelStore(int(STORE_SHARE * settings.memory_budget))
-        with clock.phase("phase4_grid"):
-            tiles = trimmed(run, tiles)
-            with surveying(run, tiles, store) as looks:
-                grid, placed = lay_out(run, tiles)
-        with clock.phase("phase5_intertile"):
-            switch.start()
-            if monitor:
-                on_gpu = switch.name == "gpu"
-                monitor.update(use_gpu=on_gpu, use_gpu_phase5=on_gpu, gpu_backend="cuda" if on_gpu else None)
-            backend = f"the GPU ({switch.reason})" if switch.name == "gpu" else "the CPU"
-            reporter.info(f"phase5_using_{switch.name}", f"Phase 5 uses {backend}")
-            scene = normalise(run, grid, placed, looks, store)
-        paths = output_paths(output, len(scene.placed), scene.frames, wants_aesthetic(settings))
-        history = history_lines(run, scene)
-        version = program_version()
-        pretty = wants_aesthetic(settings)
-        with clock.phase("phase5_reproject"):
-            reporter.info("run_info_phase5_started_reproject_coadd", "resampling and coadding")
-            headers = {name: product_header(scene, name, history, version) for name in ("science", "coverage")}
-            science = coadd_to_disk(
-                run,
-                scene,
-                scene.solution,
-                paths["science"],
-                headers["science"],
-                (paths["coverage"], headers["coverage"]),
-                None if pretty else paths["preview"],
-            )
-        picture, factors = science, None
-        if pretty:
-            with clock.phase("phase5_aesthetic"):
-                factors = aesthetic_factors(run, scene, science)
-                picture = coadd_to_disk(
-                    run,
-                    scene,
-                    aesthetic_solution(scene.solution, factors),
-                    paths["aesthetic"],
-                    product_header(scene, "aesthetic", history, version),
-                    None,
-                    paths["preview"],
-                    colour_adjustment(factors),
-                )
-        with clock.phase("phase6"):
-            reporter.stage("phase6", 0, 2)
-            reporter.info("run_info_phase6_started", "saving")
-            warn_of_rounding(run, picture.preview)
-            reporter.stage("phase6", 1, 2)
-    report = to_jsonable(
-        {
-            **describe(run, scene, factors, paths, version),
-            "input": source,
-            "resume": kept.report(),
-            "phases": clock.report(),
-            "seconds": round(time.monotonic() - started, 3),
-        }
-    )
-    write_json(paths["report"], report)
-    reporter.stage("phase6", 2, 2)
-    if made and not settings.keep_master_tiles:
-        from zemosaic_pipeline.phases.phase3_master_tiles import remove_master_tiles
-
-        remove_master_tiles(made)
-    reporter.say("SUCCESS", "run_success_mosaic_saved", f"saved {paths['science']}", filename=paths["science"].name)
-    return MosaicResult(
-        paths["science"],
-        paths.get("aesthetic"),
-        paths["coverage"],
-        paths["preview"],
-        paths["report"],
-        report,
-    )
+    with run.phase("phase1_scan"):
+        panels = open_panels(run)
+    tiles = tiles_of_frames(run) if panels is None else panels
+    pixels = run.tile_store()
+    with run.phase("phase4_grid"):
+        grid, surveyed = lay_out(run, tiles, pixels)
+    with run.phase("phase5_intertile"):
+        scene = normalise(run, grid, surveyed, pixels)
+    outputs = outputs_of(run, scene)
+    with run.phase("phase5_reproject"):
+        science = coadd_science(run, scene, outputs)
+    shown, factors = coadd_aesthetic(run, scene, science, outputs)
+    with run.phase("phase6"):
+        finish_outputs(run, shown.preview)
+    result = write_report(run, scene, factors, outputs)
+    if panels is None:
+        remove_master_tiles(run, tiles)
+    return result
 
 
-def tiles_of_frames(run: Any, clock: Any, source: Path, scratch: Path, plan: FramePlan | None) -> list:
-    """Phases 1 to 3 for raw frames: solved frames, their panels, and the panels' master tiles."""
-    from zemosaic_pipeline.phases.phase1_frames import FramePlan, solved_frames
+def tiles_of_frames(run: Run) -> list[Tile]:
+    """Phases 1 to 3 for raw frames: frames solved, frames grouped, groups stacked."""
+    from zemosaic_pipeline.phases.phase1_frames import solved_frames
     from zemosaic_pipeline.phases.phase2_cluster import panels_of
     from zemosaic_pipeline.phases.phase3_master_tiles import master_tiles
-    from zemosaic_pipeline.phases.run import FRAME_SHARE
-    from zemosaic_pipeline.resample.pixel_store import PixelStore
 
-    plan = plan or FramePlan()
-    # pixels that Phase 1 has read wait here for Phase 3, as far as the memory goes
-    run.store = PixelStore(int(FRAME_SHARE * run.settings.memory_budget))
-    with clock.phase("phase1_scan"):
-        frames = solved_frames(run, source, scratch, plan)
-    with clock.phase("phase2_cluster"):
-        panels = panels_of(run, frames, plan)
-    with clock.phase("phase3_master_tiles"):
-        tiles = master_tiles(run, panels, scratch)
-    run.store = None
-    return tiles
+    pixels = run.frame_store()
+    with run.phase("phase1_scan"):
+        frames = solved_frames(run, pixels)
+    with run.phase("phase2_cluster"):
+        panels = panels_of(run, frames)
+    with run.phase("phase3_master_tiles"):
+        return master_tiles(run, panels, pixels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

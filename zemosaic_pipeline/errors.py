@@ -20,6 +20,9 @@ class RunError(ZeMosaicError):
 class Cancelled(ZeMosaicError):
     """The user stopped the run (exit status 130)."""
 
+    def __init__(self, text: str = "the run was stopped by the user") -> None:
+        super().__init__(text)
+
 
 class UnusableFile(ZeMosaicError):
     """One input file cannot be used: it is set aside, and the run goes on.

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,15 +20,15 @@ import numpy as np
 import pytest
 
 import zemosaic_worker
-from scenes.small_scene import digests, long_ago, product, write_scene
+from scenes.small_scene import long_ago, product, write_scene
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.files import checksum, pack, unpack
 from zemosaic_pipeline.fits.preview import PreviewAccumulator
 from zemosaic_pipeline.fits.writer import MosaicWriter
 from zemosaic_pipeline.phases import phase5_canvas
 from zemosaic_pipeline.resample.blocks import without
-from zemosaic_pipeline.resume import checkpoints
-from zemosaic_pipeline.resume.checkpoints import FOLDER, Checkpoints
+from zemosaic_pipeline.resume import index, inputs
+from zemosaic_pipeline.resume.checkpoints import FOLDER, Checkpoints, Codec
 from zemosaic_pipeline.resume.fingerprint import ACTS_IN, fingerprint, settings_of
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.synthetic.panels import Layout
@@ -224,8 +225,8 @@ def change_pixels(path: Path, times: tuple[int, int] | None = None) -> None:
 @pytest.fixture
 def digested(monkeypatch):
     """Digests of the inputs at once and without rest."""
-    monkeypatch.setattr(checkpoints, "DIGESTS_AFTER", 0.0)
-    monkeypatch.setattr(checkpoints, "DIGEST_IDLE", 0.0)
+    monkeypatch.setattr(inputs, "DIGESTS_AFTER", 0.0)
+    monkeypatch.setattr(inputs, "DIGEST_IDLE", 0.0)
 
 
 @pytest.mark.parametrize("seconds", [-3600, -0.5])
@@ -254,15 +255,15 @@ def test_pixels_changed_with_size_and_time_kept_are_noticed(panels, tmp_path):
 def test_a_touched_input_is_known_by_its_content_where_a_digest_was_made(panels, tmp_path, request, known):
     if known:
         request.getfixturevalue("digested")
-    kept = Checkpoints(tmp_path / FOLDER, "auto")
+    kept = opened(tmp_path)
     kept.identify([panels / "panel_03.fits"])
     token = kept.token(panels / "panel_03.fits")
     kept.note("science", "block", "print", 1)
     if known:
-        wait_for(lambda: not kept._undigested and kept._digests is None)
+        wait_for(lambda: kept._inputs.resting)
     kept.close()
     os.utime(panels / "panel_03.fits")
-    again = Checkpoints(tmp_path / FOLDER, "auto")
+    again = opened(tmp_path)
     again.identify([panels / "panel_03.fits"])
     assert (again.token(panels / "panel_03.fits") == token) == known
     again.close()
@@ -285,12 +286,19 @@ def test_a_file_of_this_very_moment_is_in_doubt(tmp_path):
     path.write_bytes(b"pixels")
     tokens = set()
     for _ in range(2):
-        kept = Checkpoints(tmp_path / FOLDER, "auto")
+        kept = opened(tmp_path)
         kept.identify([path])
         kept.note("science", "block", "print", 1)
         tokens.add(kept.token(path))
         kept.close()
     assert len(tokens) == 2
+
+
+def opened(folder, tell=lambda level, text: None) -> Checkpoints:
+    """The checkpoints in an output folder."""
+    found = index.read_index(folder / FOLDER, tell)
+    assert found is not None
+    return Checkpoints(found, Settings(), tell)
 
 
 def wait_for(condition) -> None:
@@ -369,7 +377,7 @@ def test_a_disk_that_takes_no_pieces_does_not_stop_the_run(scene, tmp_path, monk
     def full(handle, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_write_all", full)
+    monkeypatch.setattr(index, "_write_all", full)
     found = resumed(scene.panels, tmp_path)
     assert found.log.count("is not kept for a resume") == 1
     assert mosaics(tmp_path) == scene.whole and names(tmp_path) == scene.names
@@ -529,29 +537,33 @@ def test_arrays_come_back_to_the_bit():
         assert found[name].shape == values[name].shape
 
 
-def test_small_and_large_pieces_are_kept_from_run_to_run(tmp_path):
+BYTES = Codec(bytes, bytes)
+
+
+def test_pieces_are_kept_from_run_to_run(tmp_path):
     said: list[tuple[str, str]] = []
-    first = Checkpoints(tmp_path / FOLDER, "auto")
-    with checkpoints.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: first.save("solve", f"frame {n}", "print", b"%d" % n * n), range(300)))
-    path = first.store("stack", "panel", "print", lambda path: path.write_bytes(b"pixels"), ".fits")
-    assert path.suffix == ".fits" and path.read_bytes() == b"pixels"
-    assert first.store("stack", "other", "print", lambda path: (tmp_path / "none" / "x").touch()) is None
+
+    def piece(kept, n, mark="print", made=None, **more):
+        """Piece ``n``, and whether it had to be made."""
+        calls = []
+        data = kept.cached("solve", f"frame {n}", mark, lambda: calls.append(n) or made or b"%d" % n * n, BYTES, **more)
+        return data, bool(calls)
+
+    first = opened(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(fresh for _, fresh in pool.map(lambda n: piece(first, n), range(300)))
+    assert first.cached("solve", "none", "print", lambda: None, BYTES) is None
     first.close()
-    second = Checkpoints(tmp_path / FOLDER, "auto", lambda *line: said.append(line))
-    assert all(second.load("solve", f"frame {n}", "print") == b"%d" % n * n for n in range(300))
-    assert second.find("stack", "panel", "print") == path
-    assert second.used == {"solve": 300, "stack": 1} and not said
-    assert second.load("solve", "frame 7", "another print") is None and second.load("solve", "new", "print") is None
-    path.write_bytes(b"pixelz")
-    assert second.find("stack", "panel", "print") is None
-    assert [(level, "frame 7" in text, "panel" in text) for level, text in said] == [
-        ("INFO", True, False),
-        ("WARN", False, True),
-    ]
-    second.save("solve", "frame 7", "another print", b"new")
+    second = opened(tmp_path, lambda *line: said.append(line))
+    assert [piece(second, n) for n in range(300)] == [(b"%d" % n * n, False) for n in range(300)]
+    assert second.used == {"solve": 300} and not said
+    assert piece(second, 7, "another print", b"new") == (b"new", True)
+    assert piece(second, 8, made=b"better", valid=lambda data: False) == (b"better", True)
+    assert second.used == {"solve": 300} and second.made_again == {"solve": 1}
+    assert [(level, "frame 7" in text) for level, text in said] == [("INFO", True)]
+    assert second.cached("solve", "none", "print", lambda: b"made", BYTES) == b"made", "None is not kept"
+    assert piece(second, 9, title="the ninth") == (b"9" * 9, False) and "the ninth of the stopped run" in said[-1][1]
     second.close()
-    third = Checkpoints(tmp_path / FOLDER, "auto")
-    assert third.load("solve", "frame 7", "another print") == b"new"
+    third = opened(tmp_path)
+    assert piece(third, 7, "another print") == (b"new", False) and piece(third, 8) == (b"better", False)
     third.close()
-    assert digests(tmp_path)

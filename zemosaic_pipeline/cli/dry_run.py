@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,14 @@ from astropy.wcs import WCS
 
 from zemosaic_pipeline.errors import UnusableFile, UsageError
 from zemosaic_pipeline.fits.admission import RawFrame, scan_tiles
-from zemosaic_pipeline.host.progress import Reporter
+from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.host.threads import run_parallel, worker_count
-from zemosaic_pipeline.phases.frame_plan import FramePlan
 from zemosaic_pipeline.phases.phase1_frames import find_frames, open_raw
 from zemosaic_pipeline.phases.phase2_cluster import grouped
-from zemosaic_pipeline.phases.phase5_coadd import wants_aesthetic
-from zemosaic_pipeline.phases.run import Run
-from zemosaic_pipeline.pixels.backend_base import DeviceFailure
-from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
+from zemosaic_pipeline.phases.phase6_save import wants_aesthetic
+from zemosaic_pipeline.raw.calibration import load_calibration
 from zemosaic_pipeline.raw.frame import Frame
-from zemosaic_pipeline.raw.solved import OnTheSky
+from zemosaic_pipeline.raw.solved import PointedFrame
 from zemosaic_pipeline.resample.output_grid import choose_output_grid
 from zemosaic_pipeline.settings.settings import Settings
 
@@ -76,15 +72,7 @@ def duration(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} seconds"
 
 
-@dataclass(frozen=True, eq=False)
-class Pointed(OnTheSky):
-    """A frame where its header says that it lies, north up where it does not say more."""
-
-    frame: Frame
-    wcs: WCS
-
-
-def plan_run(source: Path, output: Path, settings: Settings, plan: FramePlan | None = None) -> Plan:
+def plan_run(source: Path, output: Path, settings: Settings) -> Plan:
     """What a run on these folders would do.
 
     Raises
@@ -92,12 +80,6 @@ def plan_run(source: Path, output: Path, settings: Settings, plan: FramePlan | N
     UsageError
         It would be refused.
     """
-
-    def no_gpu() -> None:
-        raise DeviceFailure("not needed for a plan")
-
-    silent = Reporter(logging.Logger("plan", logging.CRITICAL))
-    run = Run(settings, output, silent, BackendSwitch("off", no_gpu, lambda *_: None), worker_count(settings))
     with tempfile.TemporaryDirectory(prefix="zemosaic_") as scratch:
         if settings.use_existing_master_tiles is not False:
             try:
@@ -105,28 +87,26 @@ def plan_run(source: Path, output: Path, settings: Settings, plan: FramePlan | N
             except RawFrame:
                 pass
             else:
-                return plan_of_tiles(run, tiles, [f"{item.name} {item.reason}" for item in aside])
-        return plan_of_frames(run, source, Path(scratch), plan or FramePlan())
+                return plan_of_tiles(settings, tiles, [f"{item.name} {item.reason}" for item in aside])
+        return plan_of_frames(settings, source, output, Path(scratch))
 
 
-def plan_of_tiles(run: Run, tiles: Sequence, aside: list[str]) -> Plan:
+def plan_of_tiles(settings: Settings, tiles: Sequence[Tile], aside: list[str]) -> Plan:
     """The plan for an input of panels."""
     if not tiles:
         raise UsageError(f"There is no usable tile: {aside[0] if aside else 'the input folder is empty'}.")
-    grid = choose_output_grid(tiles, run.settings)
+    grid = choose_output_grid(tiles, settings)
     area = sum(tile.shape[0] * tile.shape[1] for tile in tiles)
     return Plan(
-        0, 0, [1] * len(tiles), grid.shape, tiles[0].channels, run.settings.memory_budget,
-        mosaic_bytes(run.settings, grid.shape, tiles[0].channels), mosaic_seconds(run, area), aside,
+        0, 0, [1] * len(tiles), grid.shape, tiles[0].channels, settings.memory_budget,
+        mosaic_bytes(settings, grid.shape, tiles[0].channels), mosaic_seconds(settings, area), aside,
     )  # fmt: skip
 
 
-def plan_of_frames(run: Run, source: Path, scratch: Path, plan: FramePlan) -> Plan:
+def plan_of_frames(settings: Settings, source: Path, output: Path, scratch: Path) -> Plan:
     """The plan for an input of raw frames; the frames' headers are read, not their pixels."""
-    from zemosaic_pipeline.raw.calibration import load_calibration
-
-    files = find_frames(run, source, scratch, plan)
-    calibration = load_calibration(run.settings, scratch, lambda text: None)
+    files, problems = find_frames(source, output, scratch, settings, None)
+    calibration = load_calibration(settings, scratch, lambda text: None)
 
     def header(name: str) -> Frame | str:
         try:
@@ -134,34 +114,34 @@ def plan_of_frames(run: Run, source: Path, scratch: Path, plan: FramePlan) -> Pl
         except UnusableFile as error:
             return f"{name} {error.reason}"
 
-    found = run_parallel(header, list(files), run.jobs)
+    found = run_parallel(header, list(files), worker_count(settings))
     frames = [item for item in found if isinstance(item, Frame)]
-    aside = [f"{item.name} {item.reason}" for item in run.aside] + [item for item in found if isinstance(item, str)]
+    aside = [f"{item.name} {item.reason}" for item in problems] + [item for item in found if isinstance(item, str)]
     if not frames:
         raise UsageError(f"There is no usable frame: {aside[0] if aside else 'the input folder holds no FITS file'}.")
     pointed = [item for frame in frames if (item := pointed_at(frame)) is not None]
-    panels = [len(group) for group in grouped(run.settings, pointed)] if pointed else []
+    panels = [len(group) for group in grouped(settings, pointed)] if pointed else []
     shape = None
     if pointed:
-        shape = choose_output_grid([item.frame.tile(item.wcs) for item in pointed], run.settings).shape
-    unsolved = sum(frame.wcs is None or run.settings.force_resolve_existing_wcs for frame in frames)
+        shape = choose_output_grid([item.frame.tile(item.wcs) for item in pointed], settings).shape
+    unsolved = sum(frame.wcs is None or settings.force_resolve_existing_wcs for frame in frames)
     area = [frame.shape[0] * frame.shape[1] for frame in frames]
     channels = frames[0].channels
     tile_bytes = len(panels) * 1.1 * max(area) * (4 * channels + 1)
     seconds = (
         sum(area) / 1e6 * SECONDS_PER_FRAME_MEGAPIXEL + SECONDS_PER_SOLVE * min(unsolved, 3 * max(len(panels), 1))
-    ) / run.jobs + mosaic_seconds(run, len(panels) * max(area))
-    mosaic = mosaic_bytes(run.settings, shape, channels) if shape else 0
+    ) / worker_count(settings) + mosaic_seconds(settings, len(panels) * max(area))
+    mosaic = mosaic_bytes(settings, shape, channels) if shape else 0
     return Plan(
-        len(frames), unsolved, panels, shape, channels, run.settings.memory_budget, int(tile_bytes + mosaic), seconds,
+        len(frames), unsolved, panels, shape, channels, settings.memory_budget, int(tile_bytes + mosaic), seconds,
         aside,
     )  # fmt: skip
 
 
-def pointed_at(frame: Frame) -> Pointed | None:
+def pointed_at(frame: Frame) -> PointedFrame | None:
     """The frame with the WCS of its header, or one that its pointing gives; None where it has neither."""
     if frame.wcs is not None:
-        return Pointed(frame, frame.wcs)
+        return PointedFrame(frame, frame.wcs)
     if frame.ra is None or frame.dec is None or frame.scale is None:
         return None
     wcs = WCS(naxis=2)
@@ -170,7 +150,7 @@ def pointed_at(frame: Frame) -> Pointed | None:
     wcs.wcs.crpix = (frame.shape[1] + 1) / 2, (frame.shape[0] + 1) / 2
     wcs.wcs.cdelt = -frame.scale / 3600, frame.scale / 3600
     wcs.pixel_shape = frame.shape[::-1]
-    return Pointed(frame, wcs)
+    return PointedFrame(frame, wcs)
 
 
 def mosaic_bytes(settings: Settings, shape: tuple[int, int], channels: int) -> int:
@@ -180,7 +160,7 @@ def mosaic_bytes(settings: Settings, shape: tuple[int, int], channels: int) -> i
     return shape[0] * shape[1] * (mosaics * (pixel * channels + 1) + 4)
 
 
-def mosaic_seconds(run: Run, area: int) -> float:
+def mosaic_seconds(settings: Settings, area: int) -> float:
     """Expected time of Phases 4 to 7 for tiles of so many pixels together."""
-    passes = 2 if wants_aesthetic(run.settings) else 1
-    return SECONDS_TO_START + passes * area / 1e6 * SECONDS_PER_TILE_MEGAPIXEL / run.jobs
+    passes = 2 if wants_aesthetic(settings) else 1
+    return SECONDS_TO_START + passes * area / 1e6 * SECONDS_PER_TILE_MEGAPIXEL / worker_count(settings)

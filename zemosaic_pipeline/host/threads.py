@@ -7,15 +7,16 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TypeVar
 
+from zemosaic_pipeline.errors import Cancelled
 from zemosaic_pipeline.settings.settings import Settings
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 #: Objects made, and not freed, between two looks for unreachable cycles.
 COLLECT_AFTER = 200_000
-
-
-# ----------------------------------------------------------------------------------------------- the process
 
 
 def collect_seldom() -> None:
@@ -28,28 +29,35 @@ def collect_seldom() -> None:
 
 
 def run_parallel(
-    work: Callable[[Any], Any], items: Sequence[Any], jobs: int, cancelled: Callable[[], bool] = lambda: False
-) -> list[Any]:
-    """``[work(item) for item in items]`` on ``jobs`` threads; the first error ends it, and so does ``cancelled``."""
-    results: list[Any] = [None] * len(items)
+    work: Callable[[Item], Result], items: Sequence[Item], jobs: int, cancelled: Callable[[], bool] = lambda: False
+) -> list[Result]:
+    """``[work(item) for item in items]`` on ``jobs`` threads; the first error ends it.
+
+    Raises
+    ------
+    Cancelled
+        ``cancelled()`` said so, which is asked several times a second.
+    """
     stop = threading.Event()
 
-    def one(k: int) -> None:
-        if not stop.is_set():
-            results[k] = work(items[k])
+    def one(item: Item) -> Result:
+        if stop.is_set():
+            raise Cancelled
+        return work(item)
 
     with ThreadPoolExecutor(max(jobs, 1), thread_name_prefix="work") as pool:
-        pending = {pool.submit(one, k) for k in range(len(items))}
+        futures = [pool.submit(one, item) for item in items]
+        pending = set(futures)
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
                 if cancelled():
-                    break
+                    raise Cancelled
         finally:
             stop.set()
-    return results
+    return [future.result() for future in futures]
 
 
 def worker_count(settings: Settings) -> int:

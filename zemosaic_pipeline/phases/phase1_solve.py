@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from astropy.io import fits
 from astropy.wcs import WCS
 
-from zemosaic_pipeline.files import pack, unpack
 from zemosaic_pipeline.fits.headers import quiet
 from zemosaic_pipeline.host.threads import run_parallel
-from zemosaic_pipeline.phases.run import Run, set_frame_aside
-from zemosaic_pipeline.platesolve.base import Hints, SolveError
+from zemosaic_pipeline.phases.run import Run
+from zemosaic_pipeline.platesolve.base import Hints, Solution, SolveError, Solver, SolverMissing
 from zemosaic_pipeline.platesolve.choose import choose_solver
-from zemosaic_pipeline.raw.solved import Look, SolvedFrame, field_of
-from zemosaic_pipeline.resume.fingerprint import fingerprint
+from zemosaic_pipeline.raw.solved import MeasuredFrame, SolvedFrame, field_of
+from zemosaic_pipeline.resume.pieces import PLATE_SOLUTION
 from zemosaic_pipeline.sky import separation
 from zemosaic_pipeline.stars.matching import pointing_disagrees, transfer_wcs
 
@@ -32,46 +28,45 @@ class Solving:
     What is tried for a frame depends on nothing but the input, so that another run, or a resumed one, finds the same.
     """
 
-    def __init__(self, run: Run, looks: Sequence[Look], scratch: Path) -> None:
-        self.run, self.scratch = run, scratch
-        self.looks = {look.frame.name: look for look in looks}
+    def __init__(self, run: Run, measured: Sequence[MeasuredFrame]) -> None:
+        self.run = run
+        self.measured = {item.frame.name: item for item in measured}
         self.solved: dict[str, SolvedFrame] = {}
         self.reasons: dict[str, str] = {}
-        self.solver: Any = None
+        self.solver: Solver | None = None
         self.tried: set[str] = set()
 
     def all(self) -> list[SolvedFrame]:
         """Solve every frame; those without a solution are set aside."""
         force = self.run.settings.force_resolve_existing_wcs
-        for name, look in self.looks.items():
-            if look.frame.wcs is not None and not force:
-                self.solved[name] = SolvedFrame(**vars(look), wcs=look.frame.wcs, solver="header")
+        for name, item in self.measured.items():
+            if item.frame.wcs is not None and not force:
+                self.solved[name] = SolvedFrame.of(item, item.frame.wcs, "header")
         self.doubt_headers()
         self.doubt_lonely()
         self.solve_rest()
         if self.doubt_lonely():  # beside those that are solved now
             self.solve_rest()
-        for name in self.looks:
+        for name in self.measured:
             if name not in self.solved:
-                set_frame_aside(self.run, name, self.reasons.get(name, "cannot be solved"))
-        return [self.accepted(name) for name in self.looks if name in self.solved]
+                self.run.set_frame_aside(name, self.reasons.get(name, "cannot be solved"))
+        return [self.accepted(name) for name in self.measured if name in self.solved]
 
     def solve_rest(self) -> None:
         """Give what is not solved to the solver, then to the stars of what is solved; each frame once."""
-        rest = [name for name in self.looks if name not in self.solved and name not in self.tried]
+        rest = [name for name in self.measured if name not in self.solved and name not in self.tried]
         if not rest:
             return
         if not self.tried:
             self.solver = choose_solver(self.run.settings, lambda text: self.run.reporter.warn("", text))
         self.tried |= set(rest)
-        done, total = iter(range(1, len(rest) + 1)), len(self.looks)
+        done, total = iter(range(1, len(rest) + 1)), len(self.measured)
 
         def solve(name: str) -> None:
             self.solve(name)
             self.run.reporter.stage("phase1_scan", total - (len(rest) - next(done)) // 2 - 1, total)
 
-        run_parallel(solve, rest, self.run.jobs, self.run.cancelled)
-        self.run.check()
+        run_parallel(solve, rest, self.run.tools.jobs, self.run.tools.cancelled)
         self.transfer([name for name in rest if name not in self.solved])
 
     def accepted(self, name: str) -> SolvedFrame:
@@ -116,8 +111,7 @@ class Solving:
             return None
 
         lonely = [k for k, item in enumerate(items) if item.solver == "header" and len(near[k]) == 1 and company]
-        found = run_parallel(judge, lonely, self.run.jobs, self.run.cancelled)
-        self.run.check()
+        found = run_parallel(judge, lonely, self.run.tools.jobs, self.run.tools.cancelled)
         for k, reason in zip(lonely, found, strict=True):
             if reason is not None:
                 self.reasons[items[k].name] = reason
@@ -129,22 +123,21 @@ class Solving:
         nearby = {name: self.neighbours(name) for name in names}
 
         def solve(name: str) -> SolvedFrame | None:
-            look = self.looks[name]
+            item = self.measured[name]
             for reference in nearby[name]:
                 # astropy's WCS objects must not be shared between threads
-                wcs = transfer_wcs(look.stars, reference.stars, reference.wcs.deepcopy(), look.frame.scale)
+                wcs = transfer_wcs(item.stars, reference.stars, reference.wcs.deepcopy(), item.frame.scale)
                 if wcs is not None:
-                    wcs.pixel_shape = look.frame.shape[::-1]
-                    return SolvedFrame(**vars(look), wcs=wcs, solver=f"stars of {reference.name}")
+                    wcs.pixel_shape = item.frame.shape[::-1]
+                    return SolvedFrame.of(item, wcs, f"stars of {reference.name}")
             return None
 
-        found = run_parallel(solve, list(names), self.run.jobs, self.run.cancelled)
-        self.run.check()
+        found = run_parallel(solve, list(names), self.run.tools.jobs, self.run.tools.cancelled)
         self.solved |= {name: item for name, item in zip(names, found, strict=True) if item is not None}
 
     def neighbours(self, name: str) -> list[SolvedFrame]:
         """Solved frames whose field a frame may share: the nearest, at most three."""
-        frame = self.looks[name].frame
+        frame = self.measured[name].frame
         items = list(self.solved.values())
         if frame.ra is None or frame.dec is None:
             return items[:NEIGHBOURS]
@@ -153,34 +146,35 @@ class Solving:
         return [items[k] for k in order if distance[k] < 2 * field_of(frame)]
 
     def solve(self, name: str) -> None:
-        """Give one frame to the solver."""
-        frame, stars = self.looks[name].frame, self.looks[name].stars
-        run = self.run
-        key = fingerprint("solve", run.settings, run.kept.token(frame.path), stars.x, stars.y)
-        kept = run.kept.load("solve", name, key)
-        if kept is not None:
-            facts = unpack(kept)
-            self.accept(name, fits.Header.fromstring(facts["header"]), facts["solver"])
-            return
-        if self.solver is None:
-            self.reasons.setdefault(name, "has no WCS, and there is no plate solver to find it")
-            return
-        hints = Hints(frame.shape, frame.ra, frame.dec, run.settings.astap_default_search_radius, frame.scale)
+        """Give one frame to the solver, or take the solution of the stopped run."""
+        item, kept = self.measured[name], self.run.kept
+        mark = kept.fingerprint("solve", kept.token(item.frame.path), item.stars.x, item.stars.y)
         try:
-            solution = self.solver.solve(frame.luminance, stars, hints, self.scratch, run.cancelled)
+            solution = kept.cached("solve", name, mark, lambda: self.ask_solver(item), PLATE_SOLUTION)
+        except SolverMissing:
+            self.reasons.setdefault(name, "has no WCS, and there is no plate solver to find it")
         except SolveError as error:
-            run.check()
+            self.run.tools.check()
             self.reasons.setdefault(name, f"cannot be solved ({str(error).rstrip('.')})")
-            return
-        run.kept.save("solve", name, key, pack({"header": solution.header.tostring(), "solver": solution.solver}))
-        self.accept(name, solution.header, solution.solver)
+        else:
+            with quiet():
+                wcs = WCS(solution.header)
+            wcs.pixel_shape = item.frame.shape[::-1]
+            self.solved[name] = SolvedFrame.of(item, wcs, solution.solver)
 
-    def accept(self, name: str, header: fits.Header, solver: str) -> None:
-        look = self.looks[name]
-        with quiet():
-            wcs = WCS(header)
-        wcs.pixel_shape = look.frame.shape[::-1]
-        self.solved[name] = SolvedFrame(**vars(look), wcs=wcs, solver=solver)
+    def ask_solver(self, item: MeasuredFrame) -> Solution:
+        """What the solver finds.
+
+        Raises
+        ------
+        SolverMissing
+        SolveError
+        """
+        frame, run = item.frame, self.run
+        if self.solver is None:
+            raise SolverMissing
+        hints = Hints(frame.shape, frame.ra, frame.dec, run.settings.astap_default_search_radius, frame.scale)
+        return self.solver.solve(frame.luminance, item.stars, hints, run.scratch, run.tools.cancelled)
 
 
 def neighbourhood(items: Sequence[SolvedFrame]) -> list[list[int]]:
@@ -204,4 +198,4 @@ def contradiction(item: SolvedFrame, other: SolvedFrame) -> str | None:
     # what overlaps by a strip is placed by it to some pixels; a mount's own errors are smaller than a tenth of the field
     if away < field_of(item.frame) / 10:
         return None
-    return f"its WCS is wrong by {away:.2f} degrees: its stars are those of {other.name}"
+    return f"has a WCS that is wrong by {away:.2f} degrees: its stars are those of {other.name}"

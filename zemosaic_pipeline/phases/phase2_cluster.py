@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.phases.clustering import group_frames, linking_length
-from zemosaic_pipeline.phases.frame_plan import FramePlan
-from zemosaic_pipeline.phases.run import Run, nothing_usable, set_frame_aside
-from zemosaic_pipeline.raw.solved import SolvedFrame, field_of
+from zemosaic_pipeline.phases.run import Run, nothing_usable
+from zemosaic_pipeline.raw.solved import PointedFrame, SolvedFrame, field_of
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.stars.quality import frame_quality
 
-# ----------------------------------------------------------------------------------------------------------- Phase 2
+Pointed = TypeVar("Pointed", bound=PointedFrame)
 
 
-def panels_of(run: Run, frames: Sequence[SolvedFrame], plan: FramePlan) -> list[list[SolvedFrame]]:
-    """Phase 2: the frames of each panel; as the user arranged them where he did.
+def panels_of(run: Run, frames: Sequence[SolvedFrame]) -> list[list[SolvedFrame]]:
+    """The frames of each panel; as the user arranged them where he did.
 
     Bad frames are judged beside the others of their panel and set aside.
     """
     settings, reporter = run.settings, run.reporter
     reporter.stage("phase2_cluster", 0, len(frames))
     reporter.info("run_info_phase2_started", "grouping the frames into panels")
-    groups = planned_groups(frames, plan) if plan.groups is not None else grouped(settings, frames)
+    if run.plan is not None and run.plan.groups is not None:
+        groups = planned_groups(frames, run.plan.groups)
+    else:
+        groups = grouped(settings, frames)
     panels = []
     for group in groups:
         reasons: list[str | None] = [None] * len(group)
@@ -37,10 +41,10 @@ def panels_of(run: Run, frames: Sequence[SolvedFrame], plan: FramePlan) -> list[
             if reason is None:
                 kept.append(item)
             else:
-                set_frame_aside(run, item.name, reason)
+                run.set_frame_aside(item.name, reason)
         if kept:
             panels.append(kept)
-    run.check()
+    run.tools.check()
     if not panels:
         raise UsageError(nothing_usable(run.aside, what="frame"))
     reporter.stage("phase2_cluster", len(frames), len(frames))
@@ -48,14 +52,14 @@ def panels_of(run: Run, frames: Sequence[SolvedFrame], plan: FramePlan) -> list[
     return panels
 
 
-def planned_groups(frames: Sequence[SolvedFrame], plan: FramePlan) -> list[list[SolvedFrame]]:
-    """The panels of the filter window; frames that it put into none are one more."""
+def planned_groups(frames: Sequence[SolvedFrame], groups: Sequence[Sequence[Path]]) -> list[list[SolvedFrame]]:
+    """The panels of the filter window, given as files; frames that it put into none are one more."""
     by_path = {item.frame.path.absolute(): item for item in frames}
-    groups = [[by_path.pop(path) for path in group if path in by_path] for group in plan.groups or ()]
-    return [group for group in [*groups, list(by_path.values())] if group]
+    found = [[by_path.pop(path) for path in group if path in by_path] for group in groups]
+    return [group for group in [*found, list(by_path.values())] if group]
 
 
-def grouped(settings: Settings, frames: Sequence[SolvedFrame]) -> list[list[SolvedFrame]]:
+def grouped(settings: Settings, frames: Sequence[Pointed]) -> list[list[Pointed]]:
     """The panels that the settings of Phase 2 ask for."""
     centres = np.array([item.centre for item in frames])
     found = group_frames(

@@ -7,35 +7,35 @@ bounded memory, either backend.
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from astropy.io import fits
 
+from zemosaic_photometry import TileWarning
 from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.files import file_digest, not_written, pack, unpack
 from zemosaic_pipeline.fits.admission import MASTER_TILES
 from zemosaic_pipeline.fits.tile import Tile, open_tile
 from zemosaic_pipeline.fits.writer import MosaicWriter
-from zemosaic_pipeline.host.progress import Reporter
-from zemosaic_pipeline.phases.phase4_grid import lay_out
-from zemosaic_pipeline.phases.phase5_normalise import Scene, normalise
-from zemosaic_pipeline.phases.run import BLOCK_SHARE, STORE_SHARE, Run, set_frame_aside
+from zemosaic_pipeline.phases.phase4_grid import usable
+from zemosaic_pipeline.phases.phase5_normalise import Scene, matched
+from zemosaic_pipeline.phases.run import Run, Tools
+from zemosaic_pipeline.pixels.backend_base import Backend
+from zemosaic_pipeline.raw.frame import Frame
 from zemosaic_pipeline.raw.solved import SolvedFrame
 from zemosaic_pipeline.resample.coadd import coadd
 from zemosaic_pipeline.resample.options import CoaddOptions
-from zemosaic_pipeline.resample.output_grid import grid_header
+from zemosaic_pipeline.resample.output_grid import choose_output_grid, grid_header
 from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.placed import PlacedTile, place_tiles
 from zemosaic_pipeline.resample.survey import TileSurvey
-from zemosaic_pipeline.resume.fingerprint import fingerprint
+from zemosaic_pipeline.resume.checkpoints import Codec
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.stars.alignment import align_frames
 
@@ -55,8 +55,8 @@ REJECTION = {
 }
 
 
-def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], scratch: Path) -> list[Tile]:
-    """Phase 3: the master tile of every panel, opened as a tile of the mosaic.
+def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], pixels: PixelStore) -> list[Tile]:
+    """The master tile of every panel, opened as a tile of the mosaic.
 
     What a stopped run has finished is used, if the frames, their solutions and the settings are the same.
 
@@ -65,23 +65,24 @@ def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], scratch: Pat
     UsageError
         No panel has a usable frame.
     """
-    folder = run.output_dir / MASTER_TILES
+    reporter = run.reporter
+    folder = run.output / MASTER_TILES
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise not_written(folder, error) from error
-    run.reporter.stage("phase3_master_tiles", 0, len(panels))
-    run.reporter.info("run_info_phase3_started", f"stacking {sum(map(len, panels))} frames of {len(panels)} panels")
-    run.switch.start()
+    reporter.stage("phase3_master_tiles", 0, len(panels))
+    reporter.info("run_info_phase3_started", f"stacking {sum(map(len, panels))} frames of {len(panels)} panels")
+    run.tools.switch.start()
     tiles = []
     for number, frames in enumerate(panels, start=1):
         path = folder / f"master_tile_{number:03d}.fits"
-        run.check()
-        mark = master_tile(run, number, list(frames), path, scratch)
+        run.tools.check()
+        mark = master_tile(run, number, list(frames), path, pixels)
         if mark is not None:
             run.kept.vouch(path, mark)
-            tiles.append(open_tile(path, f"{MASTER_TILES}/{path.name}", scratch))
-        run.reporter.stage("phase3_master_tiles", number, len(panels))
+            tiles.append(open_tile(path, f"{MASTER_TILES}/{path.name}", run.scratch))
+        reporter.stage("phase3_master_tiles", number, len(panels))
     for stale in sorted(folder.glob("master_tile_*.fits")):
         if stale not in [tile.path for tile in tiles]:
             stale.unlink()
@@ -89,50 +90,64 @@ def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], scratch: Pat
         with suppress(OSError):  # something of the user's lies in it
             folder.rmdir()
         raise UsageError("No panel has a usable frame: see the warnings.")
-    run.reporter.info("run_info_phase3_finished", f"{len(tiles)} master tiles", num_master_tiles=len(tiles))
+    reporter.info("run_info_phase3_finished", f"{len(tiles)} master tiles", num_master_tiles=len(tiles))
     return tiles
 
 
-def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, scratch: Path) -> str | None:
+@dataclass(frozen=True)
+class Stacked:
+    """A master tile as the checkpoints keep it: the digest of its file, and what the report says of its frames."""
+
+    digest: str
+    frames: dict[str, dict[str, Any]]
+
+
+STACKED: Codec[Stacked | None] = Codec(lambda made: pack(vars(made)), lambda data: Stacked(**unpack(data)))
+#: What the report says of a frame in a stack.
+STACK_FACTS = ("status", "reason", "weight", "gain", "noise_normalised")
+
+
+def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pixels: PixelStore) -> str | None:
     """Make one master tile, or find it made; returns its fingerprint, None where none of its frames can be used."""
     for item in frames:
         run.frames[item.name]["panel"] = number
     frames = aligned(run, frames)
     if not frames:
         return None
-    mark = fingerprint(
+    mark = run.kept.fingerprint(
         "stack",
-        run.settings,
-        run.switch.name,
-        [(item.name, item.mark) for item in frames],
+        run.tools.switch.name,
+        [(item.name, item.measured.mark) for item in frames],
         [item.wcs.to_header_string(relax=True) for item in frames],
     )
-    found = run.kept.load("stack", path.name, mark)
-    before = None if found is None else unpack(found)
-    if before is not None and path.is_file() and file_digest(path) == before["digest"]:
-        run.reporter.info("", f"resume: {path.name} of the stopped run is used")
-        for name, facts in before["frames"].items():
-            run.frames[name] |= facts
-        return mark
-    if not stack(run, number, frames, path, scratch):
+
+    def make() -> Stacked | None:
+        if not stack(run, number, frames, path, pixels):
+            return None
+        facts = {item.name: {key: run.frames[item.name].get(key) for key in STACK_FACTS} for item in frames}
+        return Stacked(file_digest(path) if mark else "", facts)
+
+    def still_there(made: Stacked | None) -> bool:
+        return made is not None and path.is_file() and file_digest(path) == made.digest
+
+    made = run.kept.cached("stack", path.name, mark, make, STACKED, valid=still_there, title=path.name)
+    if made is None:
         return None
-    if run.kept.enabled:
-        facts = {item.name: {k: run.frames[item.name].get(k) for k in STACK_FACTS} for item in frames}
-        run.kept.save("stack", path.name, mark, pack({"digest": file_digest(path), "frames": facts}))
+    for name, facts in made.frames.items():
+        run.frames[name] |= facts
     return mark
 
 
-def remove_master_tiles(tiles: Sequence[Tile]) -> None:
+def remove_master_tiles(run: Run, tiles: Sequence[Tile]) -> None:
     """With ``keep_master_tiles`` off, the end of the files that `master_tiles` made."""
-    for tile in tiles:
-        tile.path.unlink(missing_ok=True)
-    for folder in {tile.path.parent for tile in tiles}:
+    if run.settings.keep_master_tiles:
+        return
+    paths = [tile.path for tile in tiles if tile.path is not None]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths}:
         with suppress(OSError):  # something of the user's lies in it
             folder.rmdir()
-
-
-#: What the report says of a frame in a stack.
-STACK_FACTS = ("status", "reason", "weight", "gain", "noise_normalised")
 
 
 def aligned(run: Run, frames: list[SolvedFrame]) -> list[SolvedFrame]:
@@ -143,12 +158,12 @@ def aligned(run: Run, frames: list[SolvedFrame]) -> list[SolvedFrame]:
         [item.stars for item in frames],
         [item.wcs for item in frames],
         [item.frame.shape for item in frames],
-        [None if item.frame.ra is None else (item.frame.ra, item.frame.dec) for item in frames],
+        [pointing_of(item.frame) for item in frames],
     )
     kept = []
     for item, refined in zip(frames, found, strict=True):
         if refined.reason is not None:
-            set_frame_aside(run, item.name, refined.reason)
+            run.set_frame_aside(item.name, refined.reason)
             continue
         wcs = refined.wcs if run.settings.refine_wcs else item.wcs
         run.frames[item.name] |= {
@@ -159,6 +174,11 @@ def aligned(run: Run, frames: list[SolvedFrame]) -> list[SolvedFrame]:
         }
         kept.append(replace(item, wcs=wcs))
     return kept
+
+
+def pointing_of(frame: Frame) -> tuple[float, float] | None:
+    """Where its header says that the telescope pointed."""
+    return None if frame.ra is None or frame.dec is None else (frame.ra, frame.dec)
 
 
 # ------------------------------------------------------------------------------------------------------- one panel
@@ -188,65 +208,53 @@ def panel_settings(settings: Settings) -> Settings:
     )
 
 
-def panel_run(run: Run) -> Run:
-    """The run of one panel: its progress is no progress of the mosaic, and its warnings are its own."""
-    silent = Reporter(logging.Logger("panel", logging.CRITICAL))
-    return replace(
-        run,
-        settings=panel_settings(run.settings),
-        reporter=silent,
-        aside=[],
-        frames={},
-        hubs=HUBS,
-        kept=type(run.kept)(),
-    )
-
-
-def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, scratch: Path) -> bool:
+def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, pixels: PixelStore) -> bool:
     """Stack the frames of one panel into a master tile; False where none of them can be used."""
-    sub = panel_run(run)
+    # its progress is no progress of the mosaic, and nothing of it is kept but the tile
+    tools = Tools(panel_settings(run.settings), run.tools.switch, run.tools.jobs, run.tools.cancelled, hubs=HUBS)
     tiles = [item.frame.tile(item.wcs) for item in frames]
-    by_name = {item.name: item for item in frames}
-    store = run.store or PixelStore(int(STORE_SHARE * run.settings.memory_budget))
     try:
-        grid, placed = lay_out(sub, tiles)
-        looks = {tile: known(item.survey) for tile, item in zip(tiles, frames, strict=True)}
-        scene = normalise(sub, grid, placed, looks, store)
-    except UsageError:  # no frame is left
-        scene = None
-    for item in sub.aside:
-        set_frame_aside(run, item.name, item.reason)
-    tell(run, number, [text for text in sub.reporter.warnings if "set aside" not in text])
-    if scene is None:
+        grid = choose_output_grid(tiles, tools.settings)
+    except UsageError as error:
+        for item in frames:
+            run.set_frame_aside(item.name, f"is of a panel that cannot be laid out ({str(error).rstrip('.')})")
         return False
-    scene = weighed(run.settings, scene, by_name)
+    found: list[tuple[PlacedTile, TileSurvey]] = []
+    for item, frame in zip(place_tiles(tiles, grid), frames, strict=True):
+        if item is None:
+            run.set_frame_aside(frame.name, "lies outside its panel")
+        else:
+            found.append((item, frame.measured.survey))
+    good, aside = usable(found)
+    for item in aside:
+        run.set_frame_aside(item.name, item.reason)
+    if not good:
+        return False
+    scene = matched(tools, grid, good, pixels)
+    for item in scene.left_out:
+        run.set_frame_aside(item.name, item.reason)
+    tell(run, number, scene.solution.warnings)
+    by_name = {item.name: item for item in frames}
+    scene = sharper_first(run.settings, scene, by_name)
     used = [by_name[item.tile.name] for item in scene.placed]
     note_frames(run, scene)
-    write_stack(sub, run.settings, scene, master_header(number, scene, used), path)
+    write_stack(tools, stack_options(run.settings), scene, master_header(number, scene, used), path)
     return True
 
 
-def tell(run: Run, number: int, warnings: Sequence[str]) -> None:
-    """The warnings of a panel: those of one kind ("NAME: gain_undetermined: ...") are one, and the log holds all."""
-    kinds: dict[str, list[str]] = {}
-    for text in warnings:
-        kind = next((part for part in text.split(": ") if re.fullmatch("[a-z_]+", part)), text)
-        kinds.setdefault(kind, []).append(text)
+def tell(run: Run, number: int, warnings: Sequence[TileWarning]) -> None:
+    """The warnings of a panel: those of one kind are one, and the log holds all."""
+    kinds: dict[str, list[TileWarning]] = {}
+    for warning in warnings:
+        kinds.setdefault(warning.kind, []).append(warning)
     for first, *more in kinds.values():
         rest = f" (and {len(more)} more of this kind: see the log)" if more else ""
         run.reporter.warn("", f"panel {number}: {first}{rest}")
-        for text in more:
-            run.reporter.info("", f"panel {number}: {text}")
+        for warning in more:
+            run.reporter.info("", f"panel {number}: {warning}")
 
 
-def known(survey: TileSurvey) -> Future:
-    """A survey that was made before, as `normalise` takes it."""
-    future: Future = Future()
-    future.set_result(survey)
-    return future
-
-
-def weighed(settings: Settings, scene: Scene, frames: dict[str, SolvedFrame]) -> Scene:
+def sharper_first(settings: Settings, scene: Scene, frames: dict[str, SolvedFrame]) -> Scene:
     """With ``noise_fwhm``, the weights by noise divided by the square of the width of the stars."""
     if settings.stacking_weighting_method != "noise_fwhm":
         return scene
@@ -270,10 +278,10 @@ def note_frames(run: Run, scene: Scene) -> None:
 def master_header(number: int, scene: Scene, frames: Sequence[SolvedFrame]) -> fits.Header:
     """Header of a master tile: its WCS, what went into it, and the noise that follows from that."""
     header = grid_header(scene.grid)
-    exposures = [item.frame.exposure for item in frames]
+    exposures = [item.frame.exposure for item in frames if item.frame.exposure is not None]
     header["HIERARCH MT_NFRAMES"] = sum(item.frame.n_frames for item in frames)
     header["NCOMBINE"] = (len(frames), "number of images combined")
-    if all(value is not None for value in exposures):
+    if len(exposures) == len(frames):
         header["EXPTOTAL"] = (float(sum(exposures)), "[s] total exposure")
     dates = sorted(item.frame.date for item in frames if item.frame.date)
     if dates:
@@ -306,19 +314,16 @@ def stack_options(settings: Settings) -> CoaddOptions:
     )
 
 
-def write_stack(sub: Run, settings: Settings, scene: Scene, header: fits.Header, path: Path) -> None:
+def write_stack(tools: Tools, options: CoaddOptions, scene: Scene, header: fits.Header, path: Path) -> None:
     """Coadd the frames and write the master tile, block by block, as one step on one backend.
 
     ALPHA is the coverage in units of 1/255 of what all frames together weigh: Phase 5 weighs the tile's pixels by it.
     """
     shape, channels = scene.grid.shape, scene.channels
-    options = stack_options(settings)
     full = sum(item.weight for item in scene.placed)
 
-    def step(backend: Any) -> None:
-        limit = backend.free_bytes(settings.parallel_gpu_vram_fraction)
-        budget = int(BLOCK_SHARE * settings.memory_budget)
-        budget = budget if limit is None else min(limit, 4 * budget)
+    def step(backend: Backend) -> None:
+        budget = tools.block_bytes(backend.free_bytes(tools.settings.parallel_gpu_vram_fraction))
         with ExitStack() as stack:
             image = (channels, *shape) if channels > 1 else shape
             writer = stack.enter_context(MosaicWriter(path, header, image, "f4", alpha_shape=shape))
@@ -334,13 +339,13 @@ def write_stack(sub: Run, settings: Settings, scene: Scene, header: fits.Header,
                 scene.solution,
                 shape,
                 options,
-                scene.store,
+                scene.pixels,
                 backend,
                 sink,
                 budget,
-                sub.jobs,
-                sub.cancelled,
+                tools.jobs,
+                tools.cancelled,
             )
-            sub.check()
+            tools.check()
 
-    sub.switch.run(step)
+    tools.switch.run(step)

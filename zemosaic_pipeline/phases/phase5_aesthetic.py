@@ -18,9 +18,10 @@ from zemosaic_photometry import (
     relative_coverage_gains,
     rgb_balance_gains,
 )
-from zemosaic_pipeline.phases.phase5_canvas import ColourAdjustment, Coverage
-from zemosaic_pipeline.phases.phase5_coadd import CoaddResult
+from zemosaic_pipeline.phases.phase5_canvas import ColourAdjustment, Coverage, Product
+from zemosaic_pipeline.phases.phase5_coadd import Mosaic, coadd_to_disk
 from zemosaic_pipeline.phases.phase5_normalise import Scene
+from zemosaic_pipeline.phases.phase6_save import Outputs, product_header
 from zemosaic_pipeline.phases.run import Run
 from zemosaic_pipeline.resample.measure import cells_touched, coarse_window
 from zemosaic_pipeline.settings.settings import Settings
@@ -35,11 +36,27 @@ class Aesthetics:
     black: float
 
 
-def aesthetic_factors(run: Run, scene: Scene, science: CoaddResult) -> Aesthetics:
+def coadd_aesthetic(run: Run, scene: Scene, science: Mosaic, outputs: Outputs) -> tuple[Mosaic, Aesthetics | None]:
+    """The aesthetic mosaic and its factors; the science mosaic and None where no step of it is on."""
+    if outputs.aesthetic is None:
+        return science, None
+    with run.phase("phase5_aesthetic"):
+        factors = aesthetic_factors(run.settings, scene, science)
+        product = Product(
+            "aesthetic",
+            aesthetic_solution(scene.solution, factors),
+            outputs.aesthetic,
+            product_header(run, scene, "aesthetic"),
+            preview=outputs.preview,
+            adjust=colour_adjustment(factors),
+        )
+        return coadd_to_disk(run, scene, product), factors
+
+
+def aesthetic_factors(settings: Settings, scene: Scene, science: Mosaic) -> Aesthetics:
     """Steps 4 and 5 of Phase 5, from what the first pass left in memory; the same for both backends."""
-    settings = run.settings
     gains = np.ones(len(scene.placed))
-    if settings.two_pass_coverage_renorm:
+    if science.coverage is not None:
         gains = coverage_gains(scene, science.coverage, settings)
     image = science.preview
     rgb = np.ones(scene.channels)

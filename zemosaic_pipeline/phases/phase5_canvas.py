@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from astropy.io import fits
 
+from zemosaic_photometry import PhotometricSolution
 from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.fits.preview import PreviewAccumulator
 from zemosaic_pipeline.fits.writer import MosaicWriter
 from zemosaic_pipeline.host.threads import run_parallel
-from zemosaic_pipeline.resume.pieces import BlockJournal
+from zemosaic_pipeline.phases.phase5_normalise import Scene
+from zemosaic_pipeline.resume.journal import BlockJournal
 from zemosaic_pipeline.settings.settings import Settings
 
 
@@ -43,17 +45,44 @@ class ColourAdjustment:
         return self.gain, float(self.black)
 
 
+@dataclass(frozen=True)
+class Product:
+    """One mosaic that is to be written.
+
+    Attributes
+    ----------
+    name : {"science", "aesthetic"}
+    solution : PhotometricSolution
+        Of the scene's tiles.
+    image, header
+        The mosaic's file and its header.
+    coverage : (path, header), optional
+        Where the sum of weights goes.
+    preview : Path, optional
+        Where the picture goes.
+    adjust : ColourAdjustment, optional
+        Applied to every finished block.
+    """
+
+    name: str
+    solution: PhotometricSolution
+    image: Path
+    header: fits.Header
+    coverage: tuple[Path, fits.Header] | None = None
+    preview: Path | None = None
+    adjust: ColourAdjustment | None = None
+
+
 class Canvas:
     """Takes finished blocks from any thread: writes them and keeps the preview and the coarse coverage.
 
     Parameters
     ----------
-    shape : (H, W)
-    channels : int
-    preview_dim : int
-        Longest side of the preview.
-    bin_px : int
-        Cells of the coarse coverage; 0: none.
+    image : MosaicWriter
+    coverage : MosaicWriter, optional
+    preview : PreviewAccumulator
+    binned : PreviewAccumulator, optional
+        Of the coverage.
     full_weight : float
         Weight of one whole tile.
     adjust : ColourAdjustment, optional
@@ -64,57 +93,21 @@ class Canvas:
 
     def __init__(
         self,
-        shape: tuple[int, int],
-        channels: int,
-        preview_dim: int,
-        bin_px: int,
+        image: MosaicWriter,
+        coverage: MosaicWriter | None,
+        preview: PreviewAccumulator,
+        binned: PreviewAccumulator | None,
         full_weight: float,
-        adjust: ColourAdjustment | None = None,
-        journal: BlockJournal | None = None,
+        adjust: ColourAdjustment | None,
+        journal: BlockJournal | None,
     ) -> None:
-        self.preview = PreviewAccumulator(shape, channels, preview_dim)
-        self._binned = PreviewAccumulator(shape, 1, -(-max(shape) // bin_px)) if bin_px else None
-        self._shape, self._channels = shape, channels
+        self._image, self._coverage = image, coverage
+        self.preview, self._binned = preview, binned
         self._full_weight = full_weight
         self._adjust = adjust
         self._journal = journal
-        self._image: MosaicWriter | None = None
-        self._coverage: MosaicWriter | None = None
         self._pixels_done = 0
         self._lock = threading.Lock()
-
-    def open(
-        self,
-        stack: ExitStack,
-        image: Path,
-        header: fits.Header,
-        coverage: tuple[Path, fits.Header] | None,
-        settings: Settings,
-    ) -> None:
-        """Lay out the files, or take up those of an earlier run; they are complete when ``stack`` closes."""
-        journal, shape = self._journal, self._shape
-        resume = journal is not None and bool(journal.left)
-        if journal is not None and not resume:
-            journal.start_afresh()
-            journal.remove_files()
-        self._image = stack.enter_context(
-            MosaicWriter(
-                image,
-                header,
-                (self._channels, *shape) if self._channels > 1 else shape,
-                "u2" if settings.save_final_as_uint16 else "f4",
-                alpha_shape=shape,
-                interleaved=settings.legacy_rgb_cube,
-                waiting=journal and journal.part(journal.product),
-                resume=resume,
-            )
-        )
-        if coverage is not None:
-            waiting = journal and journal.part("coverage")
-            self._coverage = stack.enter_context(MosaicWriter(*coverage, shape, waiting=waiting, resume=resume))
-        whole = self._image.resumed and (self._coverage is None or self._coverage.resumed)
-        if resume and not whole:
-            journal.start_afresh()
 
     def put(self, block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
         """One finished block: values (C, h, w) with NaN for "no data", weights (h, w)."""
@@ -133,22 +126,23 @@ class Canvas:
 
     def restore(self, jobs: int, cancelled: Callable[[], bool], count: Callable[[], None]) -> list[Rect]:
         """Take over the blocks of an earlier run that stand undamaged in the files; returns them."""
-        if self._journal is None or not self._journal.left:
+        journal = self._journal
+        if journal is None or not journal.left:
             return []
-        left = sorted(self._journal.left.items())
+        left = sorted(journal.left.items())
 
         def take(item: tuple[Rect, list[int]]) -> Rect | None:
             block, checksums = item
             found = self._read(block, checksums)
             if found is None:
-                self._journal.damaged(block)
+                journal.damaged(block)
                 return None
             self._show(block, *found)
             count()
             return block
 
         done = [block for block in run_parallel(take, left, jobs, cancelled) if block is not None]
-        self._journal.use(len(done))
+        journal.use(len(done))
         return done
 
     def _read(self, block: Rect, checksums: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -177,12 +171,49 @@ class Canvas:
         with self._lock:
             self._pixels_done += weights.size
 
-    @property
-    def rows_done(self) -> int:
-        return self._pixels_done // self._shape[1]
+    def rows_done(self, width: int) -> int:
+        """How many rows of that width the finished blocks would fill."""
+        return self._pixels_done // width
 
     def coarse_coverage(self) -> Coverage | None:
         return Coverage(self._binned.image()[0], self._binned.factor) if self._binned else None
+
+
+def open_canvas(
+    stack: ExitStack, product: Product, scene: Scene, settings: Settings, journal: BlockJournal | None
+) -> Canvas:
+    """Lay out the files, or take up those of an earlier run; they are complete when ``stack`` closes."""
+    shape, channels = scene.grid.shape, scene.channels
+    resume = journal is not None and bool(journal.left)
+    if journal is not None and not resume:
+        journal.start_afresh()
+        journal.remove_files()
+    image = stack.enter_context(
+        MosaicWriter(
+            product.image,
+            product.header,
+            (channels, *shape) if channels > 1 else shape,
+            "u2" if settings.save_final_as_uint16 else "f4",
+            alpha_shape=shape,
+            interleaved=settings.legacy_rgb_cube,
+            waiting=journal and journal.part(product.name),
+            resume=resume,
+        )
+    )
+    coverage = None
+    if product.coverage is not None:
+        waiting = journal and journal.part("coverage")
+        coverage = stack.enter_context(MosaicWriter(*product.coverage, shape, waiting=waiting, resume=resume))
+    whole = image.resumed and (coverage is None or coverage.resumed)
+    if journal is not None and resume and not whole:
+        journal.start_afresh()
+    binned = None
+    if settings.two_pass_coverage_renorm and coverage is not None:
+        cell = max(1, int(settings.two_pass_cov_sigma_px / 8))
+        binned = PreviewAccumulator(shape, 1, -(-max(shape) // cell))
+    preview = PreviewAccumulator(shape, channels, settings.preview_png_max_dim)
+    full_weight = min(item.weight for item in scene.placed)
+    return Canvas(image, coverage, preview, binned, full_weight, product.adjust, journal)
 
 
 def is_recoverable(values: np.ndarray, weights: np.ndarray) -> bool:

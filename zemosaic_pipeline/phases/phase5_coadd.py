@@ -5,57 +5,112 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from astropy.io import fits
 
-from zemosaic_photometry import PhotometricSolution
 from zemosaic_pipeline.arrays import Rect
-from zemosaic_pipeline.phases.phase5_canvas import Canvas, ColourAdjustment, Coverage
+from zemosaic_pipeline.phases.phase5_canvas import Canvas, Coverage, Product, open_canvas
 from zemosaic_pipeline.phases.phase5_normalise import Scene
-from zemosaic_pipeline.phases.phase6_save import save_preview
-from zemosaic_pipeline.phases.run import BLOCK_SHARE, Run
+from zemosaic_pipeline.phases.phase6_save import Outputs, product_header, save_preview, wants_aesthetic
+from zemosaic_pipeline.phases.run import Run
+from zemosaic_pipeline.pixels.backend_base import Backend
 from zemosaic_pipeline.resample.coadd import coadd
 from zemosaic_pipeline.resample.options import CoaddOptions
-from zemosaic_pipeline.resume.pieces import block_journal
-from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.resume.journal import BlockJournal, block_journal
+from zemosaic_pipeline.resume.pieces import backend_name, exact_grid
+
+STAGE = "phase5_reproject"
 
 
 @dataclass(frozen=True)
-class CoaddResult:
-    """What stays in memory of a mosaic that was written: its preview image (C, h, w) and, where the second pass needs
-    it, its coarse coverage."""
+class Mosaic:
+    """What stays in memory of a mosaic that was written: its preview image, float32 (C, h, w), and, where the second
+    pass needs it, its coarse coverage."""
 
     preview: np.ndarray
     coverage: Coverage | None
 
 
-def coadd_to_disk(
-    run: Run,
-    scene: Scene,
-    solution: PhotometricSolution,
-    image: Path,
-    header: fits.Header,
-    coverage: tuple[Path, fits.Header] | None,
-    preview: Path | None,
-    adjust: ColourAdjustment | None = None,
-) -> CoaddResult:
-    """Step 3 of Phase 5 and the writing of Phase 6, block by block, as one step on one backend.
+def coadd_science(run: Run, scene: Scene, outputs: Outputs) -> Mosaic:
+    """The science mosaic and its coverage; the picture too, where there will be no aesthetic mosaic to show."""
+    run.reporter.info("run_info_phase5_started_reproject_coadd", "resampling and coadding")
+    product = Product(
+        "science",
+        scene.solution,
+        outputs.science,
+        product_header(run, scene, "science"),
+        (outputs.coverage, product_header(run, scene, "coverage")),
+        None if wants_aesthetic(run.settings) else outputs.preview,
+    )
+    return coadd_to_disk(run, scene, product)
 
-    Parameters
-    ----------
-    image, header
-        The mosaic's file and its header.
-    coverage : (path, header), optional
-        Where the sum of weights goes.
-    preview : Path, optional
-        Where the picture goes; it is made while the disk takes in the rest.
-    adjust : ColourAdjustment, optional
-        Applied to every finished block (colour balance of the aesthetic mosaic).
-    """
-    settings = run.settings
+
+def coadd_to_disk(run: Run, scene: Scene, product: Product) -> Mosaic:
+    """Step 3 of Phase 5 and the writing of Phase 6, block by block, as one step on one backend."""
+    height, width = scene.grid.shape
+    # both passes of a run are one stage: its count goes on
+    rows_before = 0 if product.name == "science" else height
+    rows_total = height * (2 if wants_aesthetic(run.settings) else 1)
+
+    def count(rows: int) -> None:
+        run.reporter.stage(STAGE, rows_before + rows, rows_total)
+
+    def step(backend: Backend) -> Mosaic:
+        journal = finished_blocks(run, scene, product, backend)
+        with ExitStack() as stack:
+            canvas = open_canvas(stack, product, scene, run.settings, journal)
+            count(0)
+            done = canvas.restore(run.tools.jobs, run.tools.cancelled, lambda: count(canvas.rows_done(width)))
+            if done:
+                share = f"{100 * canvas.rows_done(width) / height:.0f} %"
+                run.reporter.info("", f"resume: {share} of the {product.name} mosaic is there from the stopped run")
+
+            def sink(block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
+                canvas.put(block, values, weights)
+                count(canvas.rows_done(width))
+
+            coadd_blocks(run, scene, product, backend, sink, done)
+            run.tools.check()
+            count(height)
+            picture = finish(run, product, canvas, stack)
+        return Mosaic(picture, canvas.coarse_coverage())
+
+    return run.tools.switch.run(step)
+
+
+def finish(run: Run, product: Product, canvas: Canvas, stack: ExitStack) -> np.ndarray:
+    """Complete the files, and make the picture while the disk takes them in."""
+    picture = canvas.preview.image()
+    with ThreadPoolExecutor(1, thread_name_prefix="preview") as pool:
+        saved = pool.submit(save_preview, run.settings, picture, product.preview) if product.preview else None
+        stack.close()
+    if saved:
+        saved.result()
+    return picture
+
+
+def finished_blocks(run: Run, scene: Scene, product: Product, backend: Backend) -> BlockJournal | None:
+    """The journal of the blocks that are finished; None where they cannot be used again."""
+    settings, kept = run.settings, run.kept
+    if settings.save_final_as_uint16 or settings.engine != "native":
+        return None
+    tiles = [(kept.token(item.tile.path), item.tile.shape, item.weight, item.feather) for item in scene.placed]
+    photometry = [product.solution.gain, product.solution.pivot, product.solution.level]
+    mark = kept.fingerprint(
+        product.name,
+        backend_name(backend),
+        *exact_grid(scene.grid),
+        product.header.tostring(),
+        tiles,
+        photometry,
+        product.adjust and product.adjust.numbers,
+    )
+    return block_journal(kept, product.name, mark)
+
+
+def coadd_blocks(run: Run, scene: Scene, product: Product, backend: Backend, sink, done: list[Rect]) -> None:
+    """The blocks of the mosaic, but for those that are ``done``, by the engine that the settings name."""
+    settings, tools = run.settings, run.tools
     options = CoaddOptions(
         kernel=settings.kernel,
         combine=settings.combine_method,
@@ -63,73 +118,24 @@ def coadd_to_disk(
         kappa_high=settings.kappa_high,
         winsor_limits=settings.winsor_limits,
     )
-    shape, channels = scene.grid.shape, scene.channels
-    product = "aesthetic" if coverage is None else "science"
-    full_weight = min(item.weight for item in scene.placed)
-    renorm = settings.two_pass_coverage_renorm and coverage is not None
-    bin_px = max(1, int(settings.two_pass_cov_sigma_px / 8)) if renorm else 0
-    # both passes of a run are one stage: its count goes on
-    rows_before = 0 if coverage is not None else shape[0]
-    rows_total = shape[0] * (2 if wants_aesthetic(settings) else 1)
+    if settings.engine == "reproject":
+        from zemosaic_pipeline.reproject_compat.engine import coadd_with_reproject  # which imports reproject
 
-    def step(backend: Any) -> CoaddResult:
-        journal = block_journal(
-            run.kept, settings, product, scene.grid, scene.placed, solution, header, adjust and adjust.numbers, backend
-        )
-        canvas = Canvas(shape, channels, settings.preview_png_max_dim, bin_px, full_weight, adjust, journal)
-        limit = backend.free_bytes(settings.parallel_gpu_vram_fraction)
-        budget = int(BLOCK_SHARE * settings.memory_budget)
-        budget = budget if limit is None else min(limit, 4 * budget)
-
-        def count() -> None:
-            run.reporter.stage("phase5_reproject", rows_before + canvas.rows_done, rows_total)
-
-        def sink(block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
-            canvas.put(block, values, weights)
-            count()
-
-        with ExitStack() as stack:
-            canvas.open(stack, image, header, coverage, settings)
-            count()
-            done = canvas.restore(run.jobs, run.cancelled, count)
-            if done:
-                share = f"{100 * canvas.rows_done / shape[0]:.0f} %"
-                run.reporter.info("", f"resume: {share} of the {product} mosaic is there from the stopped run")
-            if settings.engine == "reproject":
-                from zemosaic_pipeline.reproject_compat.engine import coadd_with_reproject
-
-                coadd_with_reproject(scene.placed, solution, scene.grid, options, scene.store, sink, run.cancelled)
-            else:
-                coadd(
-                    scene.placed,
-                    solution,
-                    shape,
-                    options,
-                    scene.store,
-                    backend,
-                    sink,
-                    budget,
-                    run.jobs,
-                    run.cancelled,
-                    done,
-                )
-            run.check()
-            run.reporter.stage("phase5_reproject", rows_before + shape[0], rows_total)
-            picture = canvas.preview.image()
-            with ThreadPoolExecutor(1, thread_name_prefix="preview") as pool:
-                saved = pool.submit(save_preview, settings, picture, preview) if preview else None
-                stack.close()
-            if saved:
-                saved.result()
-        return CoaddResult(picture, canvas.coarse_coverage())
-
-    return run.switch.run(step)
-
-
-def wants_aesthetic(settings: Settings) -> bool:
-    """Whether any step that changes flux for the eye's sake is on."""
-    return (
-        settings.two_pass_coverage_renorm
-        or settings.final_mosaic_rgb_equalize_enabled
-        or settings.final_mosaic_black_point_equalize_enabled
+        coadd_with_reproject(
+            scene.placed, product.solution, scene.grid, options, scene.pixels, sink, tools.cancelled
+        )  # fmt: skip
+        return
+    budget = tools.block_bytes(backend.free_bytes(settings.parallel_gpu_vram_fraction))
+    coadd(
+        scene.placed,
+        product.solution,
+        scene.grid.shape,
+        options,
+        scene.pixels,
+        backend,
+        sink,
+        budget,
+        tools.jobs,
+        tools.cancelled,
+        done,
     )

@@ -4,27 +4,49 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+import time
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from zemosaic_pipeline.files import to_jsonable, write_json
+from zemosaic_pipeline.host.folders import program_version
 from zemosaic_pipeline.phases.phase5_aesthetic import Aesthetics
 from zemosaic_pipeline.phases.phase5_normalise import Scene
+from zemosaic_pipeline.phases.phase6_save import Outputs
+from zemosaic_pipeline.phases.result import MosaicResult
 from zemosaic_pipeline.phases.run import Run
 
 LIBRARIES = ("numpy", "scipy", "astropy", "reproject", "numba", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda")
 
 
-def describe(
-    run: Run, scene: Scene, factors: Aesthetics | None, paths: dict[str, Path], version: str
-) -> dict[str, Any]:
-    """The report of a run that wrote ``paths``, without its costs (JSON types and numpy scalars)."""
+def write_report(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Outputs) -> MosaicResult:
+    """Write run_report.json, which completes the outputs, and say that the mosaic stands."""
+    report = to_jsonable(
+        {
+            **describe(run, scene, factors, outputs),
+            "input": run.source,
+            "resume": run.kept.report(),
+            "phases": run.clock.report(),
+            "seconds": round(time.monotonic() - run.began, 3),
+        }
+    )
+    write_json(outputs.report, report)
+    run.reporter.stage("phase6", 2, 2)
+    name = outputs.science.name
+    run.reporter.say("SUCCESS", "run_success_mosaic_saved", f"saved {outputs.science}", filename=name)
+    return MosaicResult(
+        outputs.science, outputs.aesthetic, outputs.coverage, outputs.preview, outputs.report, report
+    )  # fmt: skip
+
+
+def describe(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Outputs) -> dict[str, Any]:
+    """The report of a run, without its costs (JSON types and numpy scalars)."""
+    switch = run.tools.switch
     return {
-        "program": {"name": "zemosaic-worker", "version": version},
-        "outputs": {name: path.name for name, path in paths.items()},
-        "backend": {"used": run.switch.name, "reason": run.switch.reason, "fell_back": run.switch.fell_back},
+        "program": {"name": "zemosaic-worker", "version": program_version()},
+        "outputs": {name: path.name for name, path in outputs.named().items()},
+        "backend": {"used": switch.name, "reason": switch.reason, "fell_back": switch.fell_back},
         "grid": {
             "shape": list(scene.grid.shape),
             "crval": list(scene.grid.wcs.wcs.crval),
@@ -83,22 +105,6 @@ def pair_rows(scene: Scene) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def history_lines(run: Run, scene: Scene) -> Sequence[str]:
-    """HISTORY of an output: how it was made, in a few lines."""
-    settings = run.settings
-    match = "off"
-    if settings.intertile_photometric_match:
-        match = f"gain and offset of {len(scene.solution.pairs)} overlaps"
-    elif settings.match_background_for_final:
-        match = f"offset of {len(scene.solution.pairs)} overlaps"
-    return (
-        f"photometric match: {match}",
-        f"resampled with {settings.kernel}, combined by {settings.combine_method}, engine {settings.engine}",
-        f"tile weights: {settings.tile_weight_mode if settings.enable_tile_weighting else 'uniform'}",
-        "0 where nothing was seen; ALPHA tells; details in run_report.json",
-    )
 
 
 def versions() -> dict[str, str]:

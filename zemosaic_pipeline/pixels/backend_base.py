@@ -56,3 +56,6 @@ def trial(backend: Any) -> list[np.ndarray]:
     sums, counts = backend.zeros((2, 2, 2), "float64"), backend.zeros((2, 2), "int32")
     backend.measure(image, (0, 0), (8, 8), part.mesh, 2, 1, (0, 0), np.ones((2, 2), np.uint8), sums, counts)
     return layers + [backend.download(array) for array in (out, sums, counts)]
+
+
+Backend = Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from astropy.wcs import WCS
@@ -13,7 +14,7 @@ from zemosaic_pipeline.stars.detection import Stars
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class MeasuredFrame:
     """A frame, its stars, and what its pixels are like: all that one look at the pixels tells.
 
     ``mark`` is the fingerprint of the calibrated and debayered pixels.
@@ -25,8 +26,9 @@ class Look:
     mark: str
 
 
-class OnTheSky:
-    """What a ``frame`` and its ``wcs`` tell of where it lies."""
+@dataclass(frozen=True, eq=False)
+class PointedFrame:
+    """A frame and where on the sky it lies, or is said to lie."""
 
     frame: Frame
     wcs: WCS
@@ -35,7 +37,7 @@ class OnTheSky:
     def name(self) -> str:
         return self.frame.name
 
-    @property
+    @cached_property
     def centre(self) -> tuple[float, float]:
         """Right ascension and declination of the frame's middle in degrees."""
         height, width = self.frame.shape
@@ -50,11 +52,19 @@ class OnTheSky:
 
 
 @dataclass(frozen=True, eq=False)
-class SolvedFrame(Look, OnTheSky):
-    """A frame with its place on the sky; ``solver`` says where the WCS comes from."""
+class SolvedFrame(PointedFrame):
+    """A measured frame with its place on the sky; ``solver`` says where the WCS comes from."""
 
-    wcs: WCS
+    measured: MeasuredFrame
     solver: str
+
+    @classmethod
+    def of(cls, measured: MeasuredFrame, wcs: WCS, solver: str) -> SolvedFrame:
+        return cls(measured.frame, wcs, measured, solver)
+
+    @property
+    def stars(self) -> Stars:
+        return self.measured.stars
 
 
 def field_of(frame: Frame) -> float:

@@ -1,48 +1,34 @@
-"""What a resume uses of Phase 5: surveys of the tiles, the photometric solution, finished blocks of the mosaics.
-
-Each is bit for bit what the run would compute. A block is used only where what stands on disk tells that much: its
-values are those of the file, and NaN where its weight is 0. That does not hold for rounded values
-(``save_final_as_uint16``), nor for a block with an infinite value, and the engine "reproject" makes no blocks: there the
-mosaic is made afresh.
-"""
+"""What a resume uses of frames and tiles: stars, surveys, the photometric solution, as bytes that are exact to the bit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from astropy.io import fits
 
-from zemosaic_photometry import PhotometricSolution
-from zemosaic_pipeline.arrays import Rect
+from zemosaic_photometry import PhotometricSolution, TileWarning
 from zemosaic_pipeline.files import pack, unpack
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.overlaps.pairs import PairRelation
+from zemosaic_pipeline.pixels.backend_base import Backend
+from zemosaic_pipeline.platesolve.base import Solution
 from zemosaic_pipeline.resample.output_grid import OutputGrid, grid_header
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile
 from zemosaic_pipeline.resample.survey import TileSurvey, survey_tile
-from zemosaic_pipeline.resume.checkpoints import Checkpoints
-from zemosaic_pipeline.resume.fingerprint import fingerprint
-from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.resume.checkpoints import Codec, NothingKept
+from zemosaic_pipeline.stars.detection import Stars
 
 # -------------------------------------------------------------------------------------------------------- surveys
 
 
-def survey(kept: Checkpoints, settings: Settings, tile: Tile, store: PixelStore) -> TileSurvey:
+def survey(kept: NothingKept, tile: Tile, pixels: PixelStore) -> TileSurvey:
     """The survey of a tile: that of the stopped run where it is valid."""
-    if not kept.enabled:
-        return survey_tile(tile, store)
-    mark = fingerprint("survey", settings, kept.token(tile.path), tile.shape, tile.channels)
-    found = kept.load("survey", tile.name, mark)
-    if found is not None:
-        return unpacked_survey(found)
-    facts = survey_tile(tile, store)
-    kept.save("survey", tile.name, mark, packed_survey(facts))
-    return facts
+    mark = kept.fingerprint("survey", kept.token(tile.path), tile.shape, tile.channels)
+    return kept.cached("survey", tile.name, mark, lambda: survey_tile(tile, pixels), SURVEY)
 
 
 def packed_survey(facts: TileSurvey) -> bytes:
@@ -64,18 +50,53 @@ def unpacked_survey(data: bytes) -> TileSurvey:
     return TileSurvey(valid, found["noise"], found["pixels"], found["spread"])
 
 
-# ------------------------------------------------------------------------------------------------------- solution
+SURVEY = Codec(packed_survey, unpacked_survey)
+
+
+# --------------------------------------------------------------------------------------------- stars of a raw frame
+
+
+def packed_frame(found: tuple[Stars, TileSurvey]) -> bytes:
+    stars, facts = found
+    pieces = {"stars": pack(vars(stars)), "survey": packed_survey(facts)}
+    return pack({name: np.frombuffer(data, np.uint8) for name, data in pieces.items()})
+
+
+def unpacked_frame(data: bytes) -> tuple[Stars, TileSurvey]:
+    found = unpack(data)
+    return Stars(**unpack(found["stars"].tobytes())), unpacked_survey(found["survey"].tobytes())
+
+
+FRAME = Codec(packed_frame, unpacked_frame)
+
+
+# -------------------------------------------------------------------------------------- plate solution of a raw frame
+
+
+def packed_plate_solution(solution: Solution) -> bytes:
+    return pack({"header": solution.header.tostring(), "solver": solution.solver})
+
+
+def unpacked_plate_solution(data: bytes) -> Solution:
+    found = unpack(data)
+    return Solution(fits.Header.fromstring(found["header"]), found["solver"], 0.0)
+
+
+PLATE_SOLUTION = Codec(packed_plate_solution, unpacked_plate_solution)
+
+
+# -------------------------------------------------------------------------------------------- photometric solution
 
 
 def photometry_mark(
-    kept: Checkpoints, settings: Settings, grid: OutputGrid, placed: Sequence[PlacedTile], cell: int, backend: Any
+    kept: NothingKept, grid: OutputGrid, placed: Sequence[PlacedTile], cell: int, backend: Backend
 ) -> str:
     """Fingerprint of the photometric solution."""
     tiles = [(item.tile.name, kept.token(item.tile.path), item.tile.shape) for item in placed]
-    return fingerprint("photometry", settings, backend_name(backend), cell, *exact_grid(grid), tiles)
+    return kept.fingerprint("photometry", backend_name(backend), cell, *exact_grid(grid), tiles)
 
 
-def backend_name(backend: Any) -> str:
+def backend_name(backend: Backend) -> str:
     """What computes the pixels: their last bits may depend on it."""
     return f"{backend.name} {getattr(backend, 'description', '')}"
 
@@ -94,90 +115,16 @@ def packed_solution(solution: PhotometricSolution) -> bytes:
     pairs = own.pop("pairs")
     for field in fields(PairRelation):
         own[f"pair {field.name}"] = np.array([getattr(pair, field.name) for pair in pairs])
-    return pack({**own, "warnings": list(solution.warnings)})
+    return pack({**own, "warnings": [list(vars(warning).values()) for warning in solution.warnings]})
 
 
 def unpacked_solution(data: bytes) -> PhotometricSolution:
     found = unpack(data)
     columns = {f.name: found.pop(f"pair {f.name}") for f in fields(PairRelation)}
-    whole = ("i", "j", "samples")
-    pairs = [
-        PairRelation(**{name: int(column[n]) if name in whole else column[n] for name, column in columns.items()})
-        for n in range(len(columns["i"]))
-    ]
-    found["warnings"] = tuple(found["warnings"])
+    columns |= {name: columns[name].tolist() for name in ("i", "j", "samples")}  # whole numbers
+    pairs = [PairRelation(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    found["warnings"] = tuple(TileWarning(*words) for words in found["warnings"])
     return PhotometricSolution(**found, pairs=tuple(pairs))
 
 
-# --------------------------------------------------------------------------------------------------------- blocks
-
-
-class BlockJournal:
-    """The finished blocks of one mosaic, whose files wait among the checkpoints until it is complete.
-
-    Parameters
-    ----------
-    kept : Checkpoints
-    product : str
-        ``science`` or ``aesthetic``: the step.
-    mark : str
-        Fingerprint of all that the blocks' bits depend on.
-
-    Attributes
-    ----------
-    left : dict
-        Blocks of an earlier run, (y0, y1, x0, x1) -> checksums of what was written.
-    """
-
-    def __init__(self, kept: Checkpoints, product: str, mark: str) -> None:
-        self._kept, self.product, self._mark = kept, product, mark
-        self._files = (product, "coverage", "aesthetic") if product == "science" else (product,)
-        self.left = {tuple(map(int, key.split())): value for key, value in kept.notes(product, mark).items()}
-
-    def part(self, name: str) -> Path | None:
-        """Where the file ``name`` of this mosaic is made."""
-        return self._kept.part(name)
-
-    def start_afresh(self) -> None:
-        """What was known of the blocks is void, and so is what was made of them."""
-        self.left = {}
-        for name in self._files:
-            self._kept.forget(name)
-
-    def remove_files(self) -> None:
-        """Make room for new files."""
-        for name in self._files:
-            self._kept.remove_part(name)
-
-    def add(self, block: Rect, checksums: list[int]) -> None:
-        """A block was written, and the files tell the whole of it."""
-        self._kept.note(self.product, " ".join(map(str, block)), self._mark, checksums)
-
-    def use(self, blocks: int) -> None:
-        self._kept.used[self.product] += blocks
-
-    def damaged(self, block: Rect) -> None:
-        y0, y1, x0, x1 = block
-        self._kept.damaged(f"the {self.product} mosaic", f"rows {y0} to {y1}, columns {x0} to {x1}")
-
-
-def block_journal(
-    kept: Checkpoints,
-    settings: Settings,
-    product: str,
-    grid: OutputGrid,
-    placed: Sequence[PlacedTile],
-    solution: PhotometricSolution,
-    header: fits.Header,
-    adjustment: Sequence[Any] | None,
-    backend: Any,
-) -> BlockJournal | None:
-    """The journal of a mosaic; None where its blocks cannot be used again."""
-    if not kept.enabled or settings.save_final_as_uint16 or settings.engine != "native":
-        return None
-    tiles = [(kept.token(item.tile.path), item.tile.shape, item.weight, item.feather) for item in placed]
-    photometry = [solution.gain, solution.pivot, solution.level]
-    mark = fingerprint(
-        product, settings, backend_name(backend), *exact_grid(grid), header.tostring(), tiles, photometry, adjustment
-    )
-    return BlockJournal(kept, product, mark)
+SOLUTION = Codec(packed_solution, unpacked_solution)
