@@ -131,10 +131,10 @@ def measure_frames(
     def one(name: str) -> MeasuredFrame | UnusableFile:
         try:
             frame = open_raw(files[name], name, calibration, run.scratch)
-            mark = run.kept.fingerprint("frame", run.kept.token(files[name]), masters)
-            found = run.kept.cached("frame", name, mark, lambda: stars_and_survey(frame, pixels), FRAME)
+            fingerprint = run.kept.fingerprint("frame", run.kept.token(files[name]), masters)
+            found = run.kept.cached("frame", name, fingerprint, lambda: stars_and_survey(frame, pixels), FRAME)
             # a parsed header is as large as all that is known of the frame besides
-            return MeasuredFrame(replace(frame, header=fits.Header()), *found, mark)
+            return MeasuredFrame(replace(frame, header=fits.Header()), *found, fingerprint)
         except UnusableFile as error:
             return error
         finally:

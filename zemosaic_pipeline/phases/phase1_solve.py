@@ -148,9 +148,9 @@ class Solving:
     def solve(self, name: str) -> None:
         """Give one frame to the solver, or take the solution of the stopped run."""
         item, kept = self.measured[name], self.run.kept
-        mark = kept.fingerprint("solve", kept.token(item.frame.path), item.stars.x, item.stars.y)
+        fingerprint = kept.fingerprint("solve", kept.token(item.frame.path), item.stars.x, item.stars.y)
         try:
-            solution = kept.cached("solve", name, mark, lambda: self.ask_solver(item), PLATE_SOLUTION)
+            solution = kept.cached("solve", name, fingerprint, lambda: self.ask_solver(item), PLATE_SOLUTION)
         except SolverMissing:
             self.reasons.setdefault(name, "has no WCS, and there is no plate solver to find it")
         except SolveError as error:

@@ -78,9 +78,9 @@ def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], pixels: Pixe
     for number, frames in enumerate(panels, start=1):
         path = folder / f"master_tile_{number:03d}.fits"
         run.tools.check()
-        mark = master_tile(run, number, list(frames), path, pixels)
-        if mark is not None:
-            run.kept.vouch(path, mark)
+        fingerprint = master_tile(run, number, list(frames), path, pixels)
+        if fingerprint is not None:
+            run.kept.vouch(path, fingerprint)
             tiles.append(open_tile(path, f"{MASTER_TILES}/{path.name}", run.scratch))
         reporter.stage("phase3_master_tiles", number, len(panels))
     for stale in sorted(folder.glob("master_tile_*.fits")):
@@ -114,10 +114,10 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pi
     frames = aligned(run, frames)
     if not frames:
         return None
-    mark = run.kept.fingerprint(
+    fingerprint = run.kept.fingerprint(
         "stack",
         run.tools.switch.name,
-        [(item.name, item.measured.mark) for item in frames],
+        [(item.name, item.measured.fingerprint) for item in frames],
         [item.wcs.to_header_string(relax=True) for item in frames],
     )
 
@@ -125,17 +125,17 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pi
         if not stack(run, number, frames, path, pixels):
             return None
         facts = {item.name: {key: run.frames[item.name].get(key) for key in STACK_FACTS} for item in frames}
-        return Stacked(file_digest(path) if mark else "", facts)
+        return Stacked(file_digest(path) if fingerprint else "", facts)
 
     def still_there(made: Stacked | None) -> bool:
         return made is not None and path.is_file() and file_digest(path) == made.digest
 
-    made = run.kept.cached("stack", path.name, mark, make, STACKED, valid=still_there, title=path.name)
+    made = run.kept.cached("stack", path.name, fingerprint, make, STACKED, valid=still_there, title=path.name)
     if made is None:
         return None
     for name, facts in made.frames.items():
         run.frames[name] |= facts
-    return mark
+    return fingerprint
 
 
 def remove_master_tiles(run: Run, tiles: Sequence[Tile]) -> None:

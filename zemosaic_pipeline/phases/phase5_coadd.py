@@ -96,7 +96,7 @@ def finished_blocks(run: Run, scene: Scene, product: Product, backend: Backend) 
         return None
     tiles = [(kept.token(item.tile.path), item.tile.shape, item.weight, item.feather) for item in scene.placed]
     photometry = [product.solution.gain, product.solution.pivot, product.solution.level]
-    mark = kept.fingerprint(
+    fingerprint = kept.fingerprint(
         product.name,
         backend_name(backend),
         *exact_grid(scene.grid),
@@ -105,7 +105,7 @@ def finished_blocks(run: Run, scene: Scene, product: Product, backend: Backend) 
         photometry,
         product.adjust and product.adjust.numbers,
     )
-    return block_journal(kept, product.name, mark)
+    return block_journal(kept, product.name, fingerprint)
 
 
 def coadd_blocks(run: Run, scene: Scene, product: Product, backend: Backend, sink, done: list[Rect]) -> None:

@@ -30,7 +30,7 @@ from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile, weighted
 from zemosaic_pipeline.resample.survey import WEIGHT_CELL, TileSurvey
-from zemosaic_pipeline.resume.pieces import SOLUTION, photometry_mark
+from zemosaic_pipeline.resume.pieces import SOLUTION, photometry_fingerprint
 from zemosaic_pipeline.settings.settings import Settings
 
 STAGE = "phase5_intertile"
@@ -160,9 +160,9 @@ def solve(
             return gains_and_offsets(tools.settings, coarse, pairs.relations())
 
     def step(backend: Backend) -> PhotometricSolution:
-        mark = photometry_mark(tools.kept, grid, placed, cell, backend)
+        fingerprint = photometry_fingerprint(tools.kept, grid, placed, cell, backend)
         title = "the photometric solution"
-        return tools.kept.cached("photometry", "solution", mark, lambda: measure(backend), SOLUTION, title=title)
+        return tools.kept.cached("photometry", "solution", fingerprint, lambda: measure(backend), SOLUTION, title=title)
 
     solution = tools.switch.run(step)
     tools.check()

@@ -17,13 +17,13 @@ from zemosaic_pipeline.stars.detection import Stars
 class MeasuredFrame:
     """A frame, its stars, and what its pixels are like: all that one look at the pixels tells.
 
-    ``mark`` is the fingerprint of the calibrated and debayered pixels.
+    ``fingerprint`` is the fingerprint of the calibrated and debayered pixels.
     """
 
     frame: Frame
     stars: Stars
     survey: TileSurvey
-    mark: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, eq=False)

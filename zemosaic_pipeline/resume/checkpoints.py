@@ -67,7 +67,7 @@ class NothingKept:
         self,
         step: str,
         key: str,
-        mark: str,
+        fingerprint: str,
         compute: Callable[[], Piece],
         codec: Codec[Piece],
         *,
@@ -80,7 +80,7 @@ class NothingKept:
         ----------
         step, key : str
             The piece is known by them ("solve", the name of a frame).
-        mark : str
+        fingerprint : str
             Its :meth:`fingerprint`.
         compute : callable
             Makes it. None, or an exception, is not kept.
@@ -142,14 +142,14 @@ class Checkpoints(NothingKept):
         self,
         step: str,
         key: str,
-        mark: str,
+        fingerprint: str,
         compute: Callable[[], Piece],
         codec: Codec[Piece],
         *,
         valid: Callable[[Piece], bool] = lambda piece: True,
         title: str = "",
     ) -> Piece:
-        data = self._load(step, key, mark)
+        data = self._load(step, key, fingerprint)
         if data is not None:
             piece = codec.unpack(data)
             if valid(piece):
@@ -160,7 +160,7 @@ class Checkpoints(NothingKept):
         piece = compute()
         if piece is not None:
             data = codec.pack(piece)
-            self._index.append_piece(step, key, data, {"print": mark, "digest": bytes_digest(data)})
+            self._index.append_piece(step, key, data, {"print": fingerprint, "digest": bytes_digest(data)})
         return piece
 
     def report(self) -> dict[str, Any]:
@@ -173,15 +173,15 @@ class Checkpoints(NothingKept):
 
     # notes, which stand in the index itself; mosaics in the making
 
-    def note(self, step: str, key: str, mark: str, value: Any) -> None:
+    def note(self, step: str, key: str, fingerprint: str, value: Any) -> None:
         """Keep what a line of JSON holds."""
-        self._index.append(step, key, {"print": mark, "note": value})
+        self._index.append(step, key, {"print": fingerprint, "note": value})
 
-    def notes(self, step: str, mark: str) -> dict[str, Any]:
+    def notes(self, step: str, fingerprint: str) -> dict[str, Any]:
         """All valid notes of a step, by key."""
         with self._index.lock:
             mine = {key: record for (name, key), record in self._index.records.items() if name == step}
-        valid = {key: r["note"] for key, r in mine.items() if r["print"] == mark and "note" in r}
+        valid = {key: r["note"] for key, r in mine.items() if r["print"] == fingerprint and "note" in r}
         if mine and not valid:
             self._again(step, "INFO", f"resume: {step} belongs to another input or other settings; it is made again")
         return valid
@@ -217,13 +217,13 @@ class Checkpoints(NothingKept):
         """Name a piece that is damaged and made again."""
         self._again(step, "WARN", f"resume: {step} of {what} is damaged; it alone is made again")
 
-    def _load(self, step: str, key: str, mark: str) -> bytes | None:
+    def _load(self, step: str, key: str, fingerprint: str) -> bytes | None:
         """The bytes of a piece, or None where there is none that is valid and undamaged."""
         with self._index.lock:
             record = self._index.records.get((step, key))
         if record is None or "size" not in record:
             return None
-        if record["print"] != mark:
+        if record["print"] != fingerprint:
             self._drop(step, key)
             text = f"resume: {step} of {key} belongs to another input or other settings; it is made again"
             self._again(step, "INFO", text)

@@ -21,7 +21,7 @@ class BlockJournal:
     kept : Checkpoints
     product : str
         ``science`` or ``aesthetic``: the step.
-    mark : str
+    fingerprint : str
         Fingerprint of all that the blocks' bits depend on.
 
     Attributes
@@ -30,10 +30,12 @@ class BlockJournal:
         Blocks of an earlier run, (y0, y1, x0, x1) -> checksums of what was written.
     """
 
-    def __init__(self, kept: Checkpoints, product: str, mark: str) -> None:
-        self._kept, self.product, self._mark = kept, product, mark
+    def __init__(self, kept: Checkpoints, product: str, fingerprint: str) -> None:
+        self._kept, self.product, self._fingerprint = kept, product, fingerprint
         self._files = (product, "coverage", "aesthetic") if product == "science" else (product,)
-        self.left: dict[Rect, list[int]] = {_block(key): value for key, value in kept.notes(product, mark).items()}
+        self.left: dict[Rect, list[int]] = {
+            _block(key): value for key, value in kept.notes(product, fingerprint).items()
+        }
 
     def part(self, name: str) -> Path | None:
         """Where the file ``name`` of this mosaic is made."""
@@ -52,7 +54,7 @@ class BlockJournal:
 
     def add(self, block: Rect, checksums: list[int]) -> None:
         """A block was written, and the files tell the whole of it."""
-        self._kept.note(self.product, " ".join(map(str, block)), self._mark, checksums)
+        self._kept.note(self.product, " ".join(map(str, block)), self._fingerprint, checksums)
 
     def use(self, blocks: int) -> None:
         self._kept.use(self.product, blocks)
@@ -67,6 +69,6 @@ def _block(key: str) -> Rect:
     return y0, y1, x0, x1
 
 
-def block_journal(kept: NothingKept, product: str, mark: str) -> BlockJournal | None:
+def block_journal(kept: NothingKept, product: str, fingerprint: str) -> BlockJournal | None:
     """The journal of a mosaic; None where nothing is kept."""
-    return BlockJournal(kept, product, mark) if isinstance(kept, Checkpoints) else None
+    return BlockJournal(kept, product, fingerprint) if isinstance(kept, Checkpoints) else None

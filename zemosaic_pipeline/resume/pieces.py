@@ -27,8 +27,8 @@ from zemosaic_pipeline.stars.detection import Stars
 
 def survey(kept: NothingKept, tile: Tile, pixels: PixelStore) -> TileSurvey:
     """The survey of a tile: that of the stopped run where it is valid."""
-    mark = kept.fingerprint("survey", kept.token(tile.path), tile.shape, tile.channels)
-    return kept.cached("survey", tile.name, mark, lambda: survey_tile(tile, pixels), SURVEY)
+    fingerprint = kept.fingerprint("survey", kept.token(tile.path), tile.shape, tile.channels)
+    return kept.cached("survey", tile.name, fingerprint, lambda: survey_tile(tile, pixels), SURVEY)
 
 
 def packed_survey(facts: TileSurvey) -> bytes:
@@ -88,7 +88,7 @@ PLATE_SOLUTION = Codec(packed_plate_solution, unpacked_plate_solution)
 # -------------------------------------------------------------------------------------------- photometric solution
 
 
-def photometry_mark(
+def photometry_fingerprint(
     kept: NothingKept, grid: OutputGrid, placed: Sequence[PlacedTile], cell: int, backend: Backend
 ) -> str:
     """Fingerprint of the photometric solution."""
