@@ -24,7 +24,14 @@ from zemosaic_pipeline import errors
 from zemosaic_pipeline.fits import admission, writer
 from zemosaic_pipeline.fits.headers import quiet
 from zemosaic_pipeline.host import folders, telemetry
-from zemosaic_pipeline.phases import phase5_aesthetic, phase5_coadd, phase5_normalise, phase6_save
+from zemosaic_pipeline.phases import (
+    phase1_tiles,
+    phase5_aesthetic,
+    phase5_coadd,
+    phase5_normalise,
+    phase6_report,
+    phase6_save,
+)
 from zemosaic_pipeline.pixels import backend_base, backend_cuda
 from zemosaic_pipeline.resample import placed
 from zemosaic_pipeline.resume import pieces
@@ -464,7 +471,7 @@ def test_a_tile_that_goes_away_during_the_run(panels, out, capsys, monkeypatch):
         (panels / "panel_02.fits").unlink()
         return found
 
-    monkeypatch.setattr(admission, "scan_tiles", scan)
+    monkeypatch.setattr(phase1_tiles, "scan_tiles", scan)
     assert run(panels, out) == 0
     assert "panel_02.fits is set aside: it has pixels that cannot be read" in capsys.readouterr().out
 
@@ -483,7 +490,7 @@ STAGES = {
 LATE_STAGES = {
     "the aesthetic pass": (phase5_aesthetic, "aesthetic_solution"),
     "the preview": (phase6_save, "save_png"),
-    "the report": (zemosaic_worker, "write_json"),
+    "the report": (phase6_report, "write_json"),
     "a sample": (telemetry.PhaseClock, "report"),
 }
 

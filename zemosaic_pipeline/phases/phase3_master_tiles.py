@@ -24,6 +24,7 @@ from zemosaic_pipeline.fits.admission import MASTER_TILES
 from zemosaic_pipeline.fits.tile import Tile, open_tile
 from zemosaic_pipeline.fits.writer import MosaicWriter
 from zemosaic_pipeline.phases.phase4_grid import usable
+from zemosaic_pipeline.phases.phase5_canvas import alpha_of
 from zemosaic_pipeline.phases.phase5_normalise import Scene, matched
 from zemosaic_pipeline.phases.run import Run, Tools
 from zemosaic_pipeline.pixels.backend_base import Backend
@@ -330,9 +331,7 @@ def write_stack(tools: Tools, options: CoaddOptions, scene: Scene, header: fits.
 
             def sink(block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
                 writer.write_block(block[0], block[2], values if channels > 1 else values[0])
-                alpha = np.clip(np.rint(weights * np.float32(255.0 / full)), 1, 255).astype(np.uint8)
-                alpha[weights == 0] = 0
-                writer.write_alpha(block[0], block[2], alpha)
+                writer.write_alpha(block[0], block[2], alpha_of(weights, full))
 
             coadd(
                 scene.placed,

@@ -222,7 +222,7 @@ def is_recoverable(values: np.ndarray, weights: np.ndarray) -> bool:
 
 
 def alpha_of(weights: np.ndarray, full_weight: float) -> np.ndarray:
-    """ALPHA (uint8): 0 where nothing was seen, 255 where one whole tile was, at least 1 in between."""
-    alpha = np.clip(weights * np.float32(255.0 / full_weight), 1, 255).astype(np.uint8)
+    """ALPHA (uint8): 0 where nothing was seen, 255 where the weight is ``full_weight`` or more, at least 1 in between."""
+    alpha = np.clip(np.rint(weights * np.float32(255.0 / full_weight)), 1, 255).astype(np.uint8)
     alpha[weights == 0] = 0
     return alpha

@@ -14,12 +14,13 @@ from threadpoolctl import threadpool_limits
 from zemosaic_pipeline.errors import Cancelled
 from zemosaic_pipeline.fits.find import SetAside
 from zemosaic_pipeline.fits.headers import quiet
+from zemosaic_pipeline.host import telemetry
 from zemosaic_pipeline.host.folders import log_file, log_start, scratch_folder
 from zemosaic_pipeline.host.progress import Callback, Reporter
 from zemosaic_pipeline.host.telemetry import PhaseClock, ResourceMonitor, telemetry_feed
 from zemosaic_pipeline.host.threads import worker_count
 from zemosaic_pipeline.phases.frame_plan import FramePlan
-from zemosaic_pipeline.pixels.backend_cuda import open_cuda
+from zemosaic_pipeline.pixels import backend_cuda
 from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resume.checkpoints import NothingKept, checkpoints
@@ -159,7 +160,7 @@ def open_run(
                 stack.enter_context(threadpool_limits(1))
                 stack.enter_context(quiet())
                 jobs = worker_count(settings)
-                monitor = stack.enter_context(telemetry(settings, output, reporter, jobs))
+                monitor = stack.enter_context(load_monitor(settings, output, reporter, jobs))
                 switch = backend_switch(settings, reporter)
                 stack.callback(switch.close)
                 tools = Tools(settings, switch, jobs, cancelled, kept, reporter.stage)
@@ -174,20 +175,20 @@ def backend_switch(settings: Settings, reporter: Reporter) -> BackendSwitch:
     """The switch between CPU and GPU that the settings ask for; a fallback is one warning."""
     switch = BackendSwitch(
         settings.gpu,
-        lambda: open_cuda(settings.gpu_id_phase5, settings.gpu_selector),
+        lambda: backend_cuda.open_cuda(settings.gpu_id_phase5, settings.gpu_selector),
         lambda key, text: reporter.warn(key, text, reason=switch.reason),
     )
     return switch
 
 
 @contextmanager
-def telemetry(settings: Settings, output: Path, reporter: Reporter, jobs: int) -> Iterator[ResourceMonitor | None]:
+def load_monitor(settings: Settings, output: Path, reporter: Reporter, jobs: int) -> Iterator[ResourceMonitor | None]:
     """The monitor of the machine's load, which hears where the run stands; None where it is not asked for."""
     if not settings.enable_resource_telemetry:
         yield None
         return
     csv = output / "resource_telemetry.csv"
-    with ResourceMonitor(
+    with telemetry.ResourceMonitor(
         csv if settings.resource_telemetry_log_to_csv else None,
         interval_sec=settings.resource_telemetry_interval_sec,
         gpu_index=settings.gpu_id_phase5,
