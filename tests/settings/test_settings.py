@@ -15,6 +15,7 @@ from scenes.places import ROOT
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.settings import docs as zst
 from zemosaic_pipeline.settings import gui_keys as zfk
+from zemosaic_pipeline.settings.fields import Setting, setting
 from zemosaic_pipeline.settings.settings import GUI_KEYS, SETTINGS, Settings, load_config, parse_overrides
 from zemosaic_pipeline.settings.values import format_size, parse_size
 
@@ -118,6 +119,16 @@ def test_incremental_is_the_same_engine():
     assert read("gui", final_assembly_method="incremental") == Settings()
     with pytest.raises(UsageError, match="final_assembly_method"):
         read("gui", final_assembly_method="magic")
+
+
+# ---- the rows
+
+
+def test_a_row_must_say_where_its_setting_acts():
+    with pytest.raises(TypeError, match="acts_in"):
+        setting(1.0, "a number that nobody classified")
+    with pytest.raises(ValueError, match="setting typo acts in unknown steps: stak"):
+        Setting("typo", "int", 1, acts_in=("stak",))
 
 
 # ---- loose values

@@ -17,7 +17,7 @@ another version of the program is named in the log and made again, it alone; a f
 What belongs together
 ---------------------
 Each piece bears a *fingerprint*: a digest of everything that its bits depend on. That is the program (the content of
-its modules), the versions of the libraries, the settings that act in its step (:data:`resume.fingerprint.ACTS_IN`), the *tokens* of the
+its modules), the versions of the libraries, the settings whose rows name its step (`settings.settings.SETTINGS`), the *tokens* of the
 inputs, and what earlier steps found. Threads, memory budget and preview settings are not in it, since no bit depends on
 them; the name of the backend is, since CPU and GPU differ in the seventh digit.
 
