@@ -13,13 +13,13 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.settings.fields import MOSAICS, OF_TILES, Setting, setting
-from zemosaic_pipeline.settings.gui_keys import FOREIGN_KEYS, GuiKey
+from zemosaic_pipeline.settings.gui_keys import FOREIGN_KEYS, GuiKey, translate
 from zemosaic_pipeline.settings.values import show
 
 
@@ -441,7 +441,7 @@ class Settings:
         values: dict[str, Any] = {
             key: row.coerce(mapping[key], source) for key, row in _BY_KEY.items() if mapping.get(key) is not None
         }
-        _translate(mapping, values, source)
+        translate(mapping, values, source, _BY_KEY)
         unused = []
         for key, value in mapping.items():
             known = GUI_KEYS.get(key)
@@ -492,58 +492,6 @@ _BY_KEY: dict[str, Setting] = {row.key: row for row in SETTINGS}
 GUI_KEYS: dict[str, GuiKey] = FOREIGN_KEYS | {
     row.key: GuiKey(row.key, "honoured", row.meaning) for row in SETTINGS if row.in_gui
 }
-
-
-def _translate(mapping: Mapping[str, Any], values: dict[str, Any], source: str) -> None:
-    """Add to `values` what the translated keys of `mapping` say; a setting given under its own name stays."""
-
-    def read(key: str, kind: str, default: Any, **limits: Any) -> Any:
-        return Setting(key, kind, default, **limits).coerce(mapping.get(key), source)
-
-    for key in ("input_dir", "output_dir"):
-        read(key, "path", "")
-    read("final_assembly_method", "choice", "", choices=("reproject_coadd", "incremental"))
-    use_gpu = read("use_gpu_phase5", "bool", None)
-    if use_gpu is not None:
-        values.setdefault("gpu", "auto" if use_gpu else "off")
-    _read_solver_settings(mapping.get("solver_settings_dict"), mapping, values, source)
-    level = read("worker_logging_level", "choice", None, choices=_BY_KEY["logging_level"].choices)
-    if level is not None and values.get("logging_level", "INFO") == "INFO":
-        values["logging_level"] = level
-    limit = read("parallel_max_cpu_workers", "int", 0, low=0, high=1024)
-    if limit:
-        jobs = values.get("num_processing_workers", 0)
-        values["num_processing_workers"] = min(jobs, limit) if jobs > 0 else limit
-    if values.get("global_wcs_res_override") is not None:
-        values["global_wcs_pixelscale_mode"] = "given"
-
-
-#: What the GUI's solver_settings_dict holds, and the setting that it means.
-_SOLVER_KEYS = {
-    "solver_choice": "solver_method",
-    "timeout": "solver_timeout",
-    "astap_executable_path": "astap_executable_path",
-    "astap_data_directory_path": "astap_data_directory_path",
-    "astap_search_radius_deg": "astap_default_search_radius",
-    "astap_downsample": "astap_default_downsample",
-    "astap_max_instances": "astap_max_instances",
-    "force_resolve_existing_wcs": "force_resolve_existing_wcs",
-}
-
-
-def _read_solver_settings(given: Any, mapping: Mapping[str, Any], values: dict[str, Any], source: str) -> None:
-    """Add what ``solver_settings_dict`` says: the solver's window goes before the configuration, if it says anything."""
-    if mapping.get("astrometry_timeout") is not None:
-        row = _BY_KEY["solver_timeout"]
-        values.setdefault(row.key, replace(row, key="astrometry_timeout").coerce(mapping["astrometry_timeout"], source))
-    if given is None:
-        return
-    if not isinstance(given, Mapping):
-        raise UsageError(f"Setting solver_settings_dict = {show(given)} ({source}) cannot be used: expected a mapping.")
-    for key, name in _SOLVER_KEYS.items():
-        if given.get(key) not in (None, ""):
-            row = replace(_BY_KEY[name], key=f"solver_settings_dict[{key!r}]")
-            values[name] = row.coerce(given[key], source)
 
 
 def _unknown_key(key: Any, source: str) -> str:
