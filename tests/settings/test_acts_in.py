@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from astropy.io import fits
 
-from scenes.small_scene import long_ago, product, write_scene
+from scenes.outcomes import NIGHT
+from scenes.small_scene import long_ago, product
 from zemosaic_pipeline.settings.fields import Setting, Value
 from zemosaic_pipeline.settings.settings import SETTINGS
-from zemosaic_pipeline.synthetic.night import Night, write_night
+from zemosaic_pipeline.synthetic.night import write_night
 from zemosaic_worker import run_hierarchical_mosaic
 
-NIGHT = Night(
-    rows=1,
-    columns=1,
-    frames=5,
-    shape=(200, 160),
-    scale=6.0,
-    faint_per_megapixel=8000,
-    drift_px=4,
-    dither_px=2,
-    hot=20,
-    warm=0,
-    trails=1,
-    bad_frames=False,
-    with_wcs=True,
-    wcs_error_px=1.0,
-)
 #: Every part of the program that a setting can change has work to do.
 BUSY = {
     "gpu": "off",
@@ -40,23 +25,14 @@ BUSY = {
 }
 
 
-def add(path: Path, offset: float) -> None:
-    """Move all values of a file, which becomes float32, out of what a sky can be."""
-    with fits.open(path, mode="update") as hdul:
-        hdul[0].data = (hdul[0].data.astype(float) + offset).astype("f4")
-
-
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> SimpleNamespace:
-    """``lights``: frames of one panel; ``panels``: master tiles. One of each holds values that are not of this sky."""
-    root = tmp_path_factory.mktemp("in")
-    lights, _ = write_night(root, NIGHT)
-    add(sorted(lights.iterdir())[1], 3e6)
-    write_scene(root / "panels")
-    add(root / "panels" / "panel_02.fits", 1e8)
-    for folder in (lights, root / "panels"):
-        long_ago(folder)
-    return SimpleNamespace(lights=lights, panels=root / "panels")
+def lights(tmp_path_factory) -> Path:
+    """Frames of one panel; the values of one of them are not of this sky."""
+    folder, _ = write_night(tmp_path_factory.mktemp("night"), replace(NIGHT, frames=5, bad_frames=False))
+    with fits.open(sorted(folder.iterdir())[1], mode="update") as hdul:
+        hdul[0].data = (hdul[0].data + 3e6).astype("f4")
+    long_ago(folder)
+    return folder
 
 
 # ------------------------------------------------------------------------------- what a row leaves out changes no bit
@@ -122,13 +98,13 @@ def outcome(step: str, folder: Path, report: dict[str, Any]) -> object:
     ("step", "source", "before", "by_value"),
     [
         ("stack", "lights", {"frame", "solve"}, GROUPS),
-        ("photometry", "panels", {"survey"}, GRID),
-        ("science", "panels", {"survey", "photometry"}, GRID),
-        ("aesthetic", "panels", {"survey", "photometry", "science"}, GRID),
+        ("photometry", "bad", {"survey"}, GRID),
+        ("science", "bad", {"survey", "photometry"}, GRID),
+        ("aesthetic", "bad", {"survey", "photometry", "science"}, GRID),
     ],
 )
 def test_a_setting_whose_row_does_not_name_the_step_does_not_change_it(
-    inputs, tmp_path, step, source, before, by_value
+    lights, scenes, tmp_path, step, source, before, by_value
 ):
     """All of them are changed at once. A row that forgets a step would have a later run use what is out of date."""
     acting = {row.key for row in SETTINGS if {step, *before} & set(row.acts_in)}
@@ -137,7 +113,8 @@ def test_a_setting_whose_row_does_not_name_the_step_does_not_change_it(
     assert all(value != BUSY.get(row.key, row.default) for row, value in zip(idle, changed.values(), strict=True))
     found = []
     for name, settings in (("one", BUSY), ("other", BUSY | changed)):
-        result = run_hierarchical_mosaic(getattr(inputs, source), tmp_path / name, **settings)
+        folder = lights if source == "lights" else scenes / source
+        result = run_hierarchical_mosaic(folder, tmp_path / name, **settings)
         found.append(outcome(step, tmp_path / name, result.report))
     assert found[0] == found[1]
 
@@ -145,11 +122,11 @@ def test_a_setting_whose_row_does_not_name_the_step_does_not_change_it(
 # ------------------------------------------------------------------------------------ what a row names is made again
 
 
-def test_other_rejection_of_bad_tiles_makes_the_stacks_again(inputs, tmp_path):
+def test_other_rejection_of_bad_tiles_makes_the_stacks_again(lights, tmp_path):
     """Frames are judged as tiles are: a kept stack without the bad frame must not pass for one with it."""
 
     def run(name: str, **settings: Any) -> dict[str, Any]:
-        return run_hierarchical_mosaic(inputs.lights, tmp_path / name, gpu="off", **settings).report
+        return run_hierarchical_mosaic(lights, tmp_path / name, gpu="off", **settings).report
 
     def stack(name: str) -> bytes:
         return (tmp_path / name / "master_tiles" / "master_tile_001.fits").read_bytes()

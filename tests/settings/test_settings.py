@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_a_row_must_say_where_its_setting_acts():
         setting(1.0, "a number that nobody classified")
     with pytest.raises(ValueError, match="setting typo acts in unknown steps: stak"):
         Setting("typo", "int", 1, acts_in=("stak",))
+
+
+def test_every_setting_has_one_test_of_its_effect():
+    """``test_NAME`` in one of the files ``test_effect_*.py``; a new setting needs one there."""
+    files = sorted((ROOT / "tests/settings").glob("test_effect_*.py"))
+    found = [
+        node.name
+        for path in files
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert sorted(found) == sorted(f"test_{row.key}" for row in SETTINGS)
 
 
 # ---- loose values
