@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +29,8 @@ from zemosaic_pipeline.phases import phase5_canvas
 from zemosaic_pipeline.resample.blocks import without
 from zemosaic_pipeline.resume import index, inputs
 from zemosaic_pipeline.resume.checkpoints import FOLDER, Checkpoints, Codec
-from zemosaic_pipeline.resume.fingerprint import ACTS_IN, fingerprint, settings_of
+from zemosaic_pipeline.resume.fingerprint import fingerprint, settings_of
+from zemosaic_pipeline.settings.settings import SETTINGS as ROWS
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.synthetic.panels import Layout
 from zemosaic_worker import run_hierarchical_mosaic
@@ -39,7 +40,7 @@ LAYOUT = Layout(rows=3, columns=3, shape=(150, 180), overlap=0.4, noise=2.0, rot
 SETTINGS = {"gpu": "off", "memory_budget": "64MB", "num_processing_workers": 40, "two_pass_coverage_renorm": True}
 SETTINGS |= {"final_mosaic_rgb_equalize_enabled": True, "two_pass_cov_sigma_px": 16, "preview_png_max_dim": 300}
 KINDS = ("science", "aesthetic", "coverage", "preview")
-STEPS = {"frame", "solve", "cluster", "stack", "survey", "photometry", "science", "aesthetic"}
+STEPS = {"frame", "solve", "stack", "survey", "photometry", "science", "aesthetic"}
 
 
 def mosaics(folder: Path) -> dict[str, bytes]:
@@ -501,14 +502,13 @@ def test_a_checksum_notices_every_changed_byte_and_lost_stretch():
     assert checksum(changed) != whole and checksum(data.tobytes()) == whole
 
 
-def test_every_setting_is_classified():
-    assert set(ACTS_IN) == {field.name for field in fields(Settings)}
-    assert {step for steps in ACTS_IN.values() for step in steps} == STEPS
-
-
-def test_a_setting_that_nobody_classified_counts_for_every_step(monkeypatch):
-    monkeypatch.delitem(ACTS_IN, "logging_level")
-    assert all("logging_level" in settings_of(step, Settings()) for step in STEPS)
+def test_a_step_has_the_settings_whose_rows_name_it():
+    assert {step for row in ROWS for step in row.acts_in} == STEPS
+    found = {step: settings_of(step, Settings()) for step in STEPS}
+    assert "reject_bad_tiles" in found["stack"] and "reject_bad_tiles" in found["photometry"]
+    assert not any("logging_level" in names for names in found.values())
+    with pytest.raises(ValueError, match="'stacks' is no step"):
+        fingerprint("stacks", Settings())
 
 
 def test_a_fingerprint_tells_apart_what_differs():

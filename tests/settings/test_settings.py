@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from scenes.places import ROOT
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.settings import docs as zst
 from zemosaic_pipeline.settings import gui_keys as zfk
+from zemosaic_pipeline.settings.fields import Setting, setting
 from zemosaic_pipeline.settings.settings import GUI_KEYS, SETTINGS, Settings, load_config, parse_overrides
-from zemosaic_pipeline.settings.values import format_size, parse_size
+from zemosaic_pipeline.settings.values import format_size, to_size
 
 RECORDED = json.loads((ROOT / "tests/stand_ins/data/gui_kwargs.json").read_text(encoding="utf-8"))["kwargs"]
 # Sent in some starts of the GUI, not in the recorded one.
@@ -42,16 +44,12 @@ def test_recorded_start_gives_settings_and_no_note():
 
 
 def test_every_gui_key_has_one_status():
-    listed = [word.partition("=")[0] for word in " ".join(_indented(zfk._UNUSED)).split()]
+    listed = [key for keys in zfk._IGNORED.values() for key in keys]
     listed += [*zfk._TRANSLATED, *(row.key for row in SETTINGS if row.in_gui)]
     assert len(listed) == len(set(listed)) == len(GUI_KEYS)
     assert set(GUI_KEYS) == set(RECORDED) | NOT_RECORDED
     assert {row.status for row in GUI_KEYS.values()} == {"honoured", "translated", "ignored"}
     assert all(row.why for row in GUI_KEYS.values())
-
-
-def _indented(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith(" ")]
 
 
 def test_settings_that_are_ours_are_not_in_the_gui():
@@ -118,6 +116,28 @@ def test_incremental_is_the_same_engine():
     assert read("gui", final_assembly_method="incremental") == Settings()
     with pytest.raises(UsageError, match="final_assembly_method"):
         read("gui", final_assembly_method="magic")
+
+
+# ---- the rows
+
+
+def test_a_row_must_say_where_its_setting_acts():
+    with pytest.raises(TypeError, match="acts_in"):
+        setting(1.0, "a number that nobody classified")
+    with pytest.raises(ValueError, match="setting typo acts in unknown steps: stak"):
+        Setting("typo", "int", 1, acts_in=("stak",))
+
+
+def test_every_setting_has_one_test_of_its_effect():
+    """``test_NAME`` in one of the files ``test_effect_*.py``; a new setting needs one there."""
+    files = sorted((ROOT / "tests/settings").glob("test_effect_*.py"))
+    found = [
+        node.name
+        for path in files
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert sorted(found) == sorted(f"test_{row.key}" for row in SETTINGS)
 
 
 # ---- loose values
@@ -330,20 +350,20 @@ def test_config_that_is_not_there(tmp_path):
     ],
 )
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert to_size(text) == size
 
 
 @given(st.integers(min_value=0, max_value=10**18))
 @example(2 * 10**9)
 @example(3 * 2**30)
 def test_sizes_survive_writing(size):
-    assert parse_size(format_size(size)) == size
+    assert to_size(format_size(size)) == size
 
 
 @pytest.mark.parametrize("wrong", ["", "GB", "-1", -1, "2 potatoes", None, [1], True, "1ib", float("inf")])
 def test_what_is_no_size(wrong):
-    with pytest.raises(UsageError, match="is not a size"):
-        parse_size(wrong)
+    with pytest.raises(ValueError, match=r"^not (a |finite)"):
+        to_size(wrong)
 
 
 # ---- the README's table

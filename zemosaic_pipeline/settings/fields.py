@@ -1,10 +1,10 @@
-"""One setting as a row of the table: type, default, unit, range, meaning; how a loosely typed value becomes its type."""
+"""One setting as a row of the table, and how a loosely typed value becomes its type."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args
 
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.settings.values import (
@@ -20,8 +20,18 @@ from zemosaic_pipeline.settings.values import (
     to_str,
 )
 
+#: Steps of a run whose results a later run can use.
+Step: TypeAlias = Literal["frame", "solve", "stack", "survey", "photometry", "science", "aesthetic"]
+STEPS: tuple[Step, ...] = get_args(Step)
+MOSAICS: tuple[Step, ...] = ("science", "aesthetic")
+#: All that is made of the pixels of a tile.
+OF_TILES: tuple[Step, ...] = ("survey", "photometry", *MOSAICS)
+
+#: What a setting can be.
+Value: TypeAlias = bool | int | float | str | tuple[float, float] | None
+
 _AUTO_WORDS = frozenset({"", "auto", "none", "null"})
-_KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+_KINDS: dict[str, tuple[Callable[[object], Value], str]] = {
     "bool": (to_bool, "true or false"),
     "int": (to_int, "a whole number"),
     "float": (to_float, "a number"),
@@ -56,18 +66,33 @@ class Setting:
         Whether the GUI's configuration has this key.
     gui_default : object
         Its default there, where it is another one.
+    acts_in : tuple of str
+        The `STEPS` whose result depends on the setting by itself, so that it is part of their fingerprints: another
+        value makes them again. Empty where nothing that is kept depends on it, or only through what an earlier step
+        found, which is part of the fingerprint by its own value (the frames of a panel, the output grid, the size of
+        the photometry's cells, the name of the backend).
+
+    Raises
+    ------
+    ValueError
+        `acts_in` names a step that there is not.
     """
 
     key: str
     kind: str
-    default: Any
+    default: Value
     unit: str = ""
     meaning: str = ""
     choices: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
     in_gui: bool = True
-    gui_default: Any = None
+    gui_default: Value = None
+    acts_in: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.acts_in) - set(STEPS):
+            raise ValueError(f"setting {self.key} acts in unknown steps: {', '.join(sorted(unknown))}")
 
     @property
     def optional(self) -> bool:
@@ -84,7 +109,7 @@ class Setting:
                 text += f" from {self.low:g} to {self.high:g}"
         return text + (", or auto" if self.optional else "")
 
-    def coerce(self, value: Any, source: str) -> Any:
+    def coerce(self, value: object, source: str) -> Value:
         """Return `value` as this setting's type; None means the default.
 
         Raises
@@ -105,20 +130,37 @@ class Setting:
             ) from None
         return result
 
-    def _check_range(self, value: Any) -> None:
+    def _check_range(self, value: Value) -> None:
         if self.low is None or self.high is None:
             return
         for number in value if isinstance(value, tuple) else (value,):
-            if not self.low <= number <= self.high:
+            if not isinstance(number, int | float) or not self.low <= number <= self.high:
                 raise ValueError("out of range")
 
 
-def setting(default: Any, meaning: str, *, kind: str = "", ours: bool = False, **row: Any) -> Any:
+class _Row(TypedDict, total=False):
+    """Attributes of a `Setting` that not every row names."""
+
+    kind: str
+    unit: str
+    choices: tuple[str, ...]
+    low: float
+    high: float
+    gui_default: Value
+
+
+def setting(
+    default: Value, meaning: str, *, acts_in: tuple[Step, ...], ours: bool = False, **more: Unpack[_Row]
+) -> Any:
     """Declare a dataclass field that is a row of the table; the kind follows from the default.
 
-    `ours`: the GUI's configuration has it not. `row`: other attributes of its `Setting`.
+    Parameters
+    ----------
+    default, meaning, acts_in, **more
+        Attributes of its `Setting`.
+    ours : bool
+        The GUI's configuration has it not.
     """
-    if not kind:
-        guess = "pair" if isinstance(default, tuple) else type(default).__name__
-        kind = "choice" if "choices" in row else guess
-    return field(default=default, metadata={"kind": kind, "meaning": meaning, "in_gui": not ours, **row})
+    guess = "choice" if "choices" in more else "pair" if isinstance(default, tuple) else type(default).__name__
+    row = {"default": default, "kind": guess, "meaning": meaning, "acts_in": acts_in, "in_gui": not ours, **more}
+    return field(default=default, metadata=row)
