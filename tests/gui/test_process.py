@@ -42,7 +42,7 @@ from stand_ins.gui_start import (
 from zemosaic_pipeline.errors import Cancelled, RunError, UsageError
 from zemosaic_pipeline.gui.line_limit import LineLimit
 from zemosaic_pipeline.gui.messages import Channel, Herald, LastState, plain
-from zemosaic_pipeline.gui.process import read_order, serve
+from zemosaic_pipeline.gui.process import read_request, serve
 from zemosaic_pipeline.host.progress import STAGE_SHARES, TimeLeft, clock_text
 from zemosaic_pipeline.synthetic.night import Night, write_night
 from zemosaic_pipeline.synthetic.panels import Layout
@@ -346,7 +346,7 @@ def test_silly_values_of_every_recorded_key_are_taken_or_refused_by_name(tmp_pat
     for key in [*RECORDED["kwargs"], "solver_settings_dict", "filter_overrides", "filtered_header_items"]:
         for value in SILLY:
             try:
-                read_order((), given | {key: value})
+                read_request((), given | {key: value})
             except UsageError as error:
                 refused.add(key)
                 assert key in str(error), (key, str(error))
@@ -359,7 +359,7 @@ def test_silly_solver_settings(tmp_path):
     for value in SILLY:
         for changes in (value, {"timeout": value}, {"solver_choice": value}):
             try:
-                read_order((), given, changes)
+                read_request((), given, changes)
             except UsageError as error:
                 assert re.search("solver|timeout", str(error)), str(error)
 
