@@ -17,6 +17,7 @@ from typing import Any
 
 from zemosaic_pipeline.cli import main as cli
 from zemosaic_pipeline.files import to_jsonable, write_json
+from zemosaic_pipeline.fits.find import require_folder
 from zemosaic_pipeline.gui.filter_window import (
     _auto_split_groups,
     _compute_max_angular_separation_deg,
@@ -29,7 +30,6 @@ from zemosaic_pipeline.host.folders import (
     prepare_output,
     program_version,
     scratch_folder,
-    usable_input,
 )
 from zemosaic_pipeline.host.progress import Reporter
 from zemosaic_pipeline.host.telemetry import telemetry_feed
@@ -102,7 +102,7 @@ def run_hierarchical_mosaic(
     if overrides:
         settings, more = Settings.from_mapping({**asdict(settings), **overrides}, "Python call")
         notes = [*notes, *more]
-    source = usable_input(Path(input_folder), settings)
+    source = require_folder(Path(input_folder))
     output = prepare_output(Path(output_folder))
     with log_file(output / "zemosaic_worker.log", settings.logging_level) as logger:
         reporter = Reporter(logger, *([progress_callback] if progress_callback else []))

@@ -466,7 +466,7 @@ def test_a_tile_that_goes_away_during_the_run(panels, out, capsys, monkeypatch):
 
     monkeypatch.setattr(admission, "scan_tiles", scan)
     assert run(panels, out) == 0
-    assert "panel_02.fits is set aside: its pixels cannot be read" in capsys.readouterr().out
+    assert "panel_02.fits is set aside: it has pixels that cannot be read" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- Ctrl-C

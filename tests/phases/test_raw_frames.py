@@ -238,7 +238,7 @@ def test_a_wcs_that_lies_by_a_degree_is_caught(copy, tmp_path, pointing):
     assert len(report["tiles"]) == 1
     if pointing == "lying":
         reason = rows(report, "set aside")[name]["reason"]
-        assert "its WCS is wrong by 1.0" in reason and "its stars are those of" in reason
+        assert "has a WCS that is wrong by 1.0" in reason and "its stars are those of" in reason
     else:  # the mount says where it is, and the stars of the others say it exactly
         row = rows(report, "stacked")[name]
         wcs = WCS(fits.Header.fromstring(row["wcs"]))

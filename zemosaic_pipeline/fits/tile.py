@@ -259,7 +259,7 @@ class Tile:
         try:
             return source.read(y0, y1)
         except OSError as error:
-            raise UnusableFile(self.path or self.name, f"its pixels cannot be read ({error})") from error
+            raise UnusableFile(self.path or self.name, f"has pixels that cannot be read ({error})") from error
 
 
 def array_tile(
@@ -528,7 +528,7 @@ def _full_weight(alpha: _Rows, height: int, path: Path) -> float:
         try:
             rows = alpha.read(y0, min(y0 + 256, height))
         except OSError as error:
-            raise UnusableFile(path, f"its ALPHA mask cannot be read ({error})") from error
+            raise UnusableFile(path, f"has an ALPHA mask that cannot be read ({error})") from error
         largest = max(largest, float(np.max(rows, where=np.isfinite(rows), initial=0.0)))
     if largest <= 0:
         raise UnusableFile(path, "has an ALPHA mask that hides every pixel")

@@ -204,4 +204,4 @@ def contradiction(item: SolvedFrame, other: SolvedFrame) -> str | None:
     # what overlaps by a strip is placed by it to some pixels; a mount's own errors are smaller than a tenth of the field
     if away < field_of(item.frame) / 10:
         return None
-    return f"its WCS is wrong by {away:.2f} degrees: its stars are those of {other.name}"
+    return f"has a WCS that is wrong by {away:.2f} degrees: its stars are those of {other.name}"

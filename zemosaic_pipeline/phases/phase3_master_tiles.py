@@ -8,7 +8,6 @@ bounded memory, either backend.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -20,7 +19,7 @@ import numpy as np
 from astropy.io import fits
 
 from zemosaic_pipeline.arrays import Rect
-from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.errors import Notice, UsageError
 from zemosaic_pipeline.files import file_digest, not_written, pack, unpack
 from zemosaic_pipeline.fits.admission import MASTER_TILES
 from zemosaic_pipeline.fits.tile import Tile, open_tile
@@ -216,7 +215,7 @@ def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, scra
         scene = None
     for item in sub.aside:
         set_frame_aside(run, item.name, item.reason)
-    tell(run, number, [text for text in sub.reporter.warnings if "set aside" not in text])
+    tell(run, number, [warning for warning in sub.reporter.warnings if warning.kind != "set_aside"])
     if scene is None:
         return False
     scene = weighed(run.settings, scene, by_name)
@@ -226,17 +225,16 @@ def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, scra
     return True
 
 
-def tell(run: Run, number: int, warnings: Sequence[str]) -> None:
-    """The warnings of a panel: those of one kind ("NAME: gain_undetermined: ...") are one, and the log holds all."""
-    kinds: dict[str, list[str]] = {}
-    for text in warnings:
-        kind = next((part for part in text.split(": ") if re.fullmatch("[a-z_]+", part)), text)
-        kinds.setdefault(kind, []).append(text)
+def tell(run: Run, number: int, warnings: Sequence[Notice]) -> None:
+    """The warnings of a panel: those of one kind are one, and the log holds all."""
+    kinds: dict[str, list[Notice]] = {}
+    for warning in warnings:
+        kinds.setdefault(warning.kind or warning.text, []).append(warning)
     for first, *more in kinds.values():
         rest = f" (and {len(more)} more of this kind: see the log)" if more else ""
-        run.reporter.warn("", f"panel {number}: {first}{rest}")
-        for text in more:
-            run.reporter.info("", f"panel {number}: {text}")
+        run.reporter.warn("", f"panel {number}: {first.text}{rest}", kind=first.kind, subject=first.subject)
+        for warning in more:
+            run.reporter.info("", f"panel {number}: {warning.text}")
 
 
 def known(survey: TileSurvey) -> Future:

@@ -49,8 +49,7 @@ class Run:
     def set_aside(self, name: str, reason: str) -> None:
         """One input less, with its named warning; ``reason`` follows the name ("is empty")."""
         self.aside.append(SetAside(name, reason))
-        subject = "" if reason.startswith("its ") else "it "
-        self.reporter.warn("", f"{name} is set aside: {subject}{reason}")
+        self.reporter.warn("", f"{name} is set aside: it {reason}", kind="set_aside", subject=name)
 
 
 def nothing_usable(aside: Sequence[SetAside], where: str = "", what: str = "tile") -> str:

@@ -143,7 +143,7 @@ def align_frames(
         others = f"{len(enemy)} other frames" if len(enemy) > 1 else "the other frame"
         doubt = " (which of the two is wrong, only their pointings or numbers of stars tell)" if len(enemy) == 1 else ""
         for k in group:
-            result[k] = replace(result[k], reason=f"its stars are not where its WCS says, beside {others}{doubt}")
+            result[k] = replace(result[k], reason=f"has stars that are not where its WCS says, beside {others}{doubt}")
     return result
 
 

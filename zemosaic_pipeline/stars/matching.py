@@ -295,4 +295,4 @@ def pointing_disagrees(wcs: WCS, ra: float | None, dec: float | None, shape: tup
     away = separation(*centre, ra, dec)
     if away <= math.hypot(height, width) / 2 * scale_of(wcs):
         return None
-    return f"its WCS is {away:.2f} degrees from where its header says that the telescope pointed"
+    return f"has a WCS that is {away:.2f} degrees from where its header says that the telescope pointed"
