@@ -35,6 +35,7 @@ from functools import partial
 
 import numpy as np
 
+from zemosaic_pipeline.errors import Notice
 from zemosaic_pipeline.overlaps.errors_in_variables import in_units
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, connected_groups, measure_pairs
 
@@ -72,7 +73,7 @@ class PhotometricSolution:
     excluded: np.ndarray
     pairs: tuple[PairRelation, ...] = ()
     step_after: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Notice, ...] = ()
 
     @property
     def offset(self) -> np.ndarray:
@@ -181,7 +182,6 @@ def compute_photometric_gains_and_offsets(
     options = options or PhotometryOptions()
     if not tiles or len({len(t.noise) for t in tiles}) != 1:
         raise ValueError("compute_photometric_gains_and_offsets needs tiles with the same number of channels")
-    notes: list[str] = []
     excluded = absurd_levels(tiles) if options.reject_bad_tiles else np.zeros(len(tiles), bool)
     if pairs is None:
         pairs = measure_pairs(tiles, excluded)
@@ -192,8 +192,8 @@ def compute_photometric_gains_and_offsets(
             break
         excluded = excluded.copy()
         excluded[worst] = True
-    notes += [
-        f"{tiles[k].name}: bad_tile: its values do not belong to this sky; left out of the mosaic"
+    notes = [
+        _notice(tiles[k], "bad_tile", "its values do not belong to this sky; left out of the mosaic")
         for k in np.nonzero(excluded)[0]
     ]
     return replace(solution, warnings=(*notes, *solution.warnings))
@@ -263,28 +263,32 @@ def components(count: int, pairs: Sequence[PairRelation]) -> np.ndarray:
     return rank[labels]
 
 
-def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded: np.ndarray) -> list[str]:
+def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded: np.ndarray) -> list[Notice]:
     """One named warning for each tile or group that overlaps nothing."""
-    notes = []
+    notes: list[Notice] = []
     groups = [np.nonzero((component == c) & ~excluded)[0] for c in range(component.max() + 1)]
     groups = [g for g in groups if len(g)]
     if len(groups) < 2:
         return notes
     for group in groups[1:]:
         if len(group) == 1:
-            notes.append(f"{tiles[group[0]].name}: no_overlap: it overlaps no other tile; matched by its sky alone")
+            words = "it overlaps no other tile; matched by its sky alone"
+            notes.append(_notice(tiles[group[0]], "no_overlap", words))
         else:
             names = ", ".join(tiles[k].name for k in group[:5]) + (", ..." if len(group) > 5 else "")
-            notes.append(
-                f"{tiles[group[0]].name}: second_island: this group of {len(group)} tiles ({names}) overlaps no other; "
-                "matched by its sky alone"
-            )
+            words = f"this group of {len(group)} tiles ({names}) overlaps no other; matched by its sky alone"
+            notes.append(_notice(tiles[group[0]], "second_island", words))
     return notes
+
+
+def _notice(tile: CoarseTile, kind: str, words: str) -> Notice:
+    """A warning about a tile, as `run_report.json` has it."""
+    return Notice(f"{tile.name}: {kind}: {words}", kind, tile.name)
 
 
 def solve_gains(
     tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], excluded: np.ndarray, se_limit: float
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+) -> tuple[np.ndarray, np.ndarray, list[Notice]]:
     """Gains (K, C) and standard errors of ln gain; a tile without a believable gain has gain 1 in all channels.
 
     Undetermined tiles are taken out of the graph and the rest is solved again, until nothing changes.
@@ -292,7 +296,7 @@ def solve_gains(
     count, channels = len(tiles), len(tiles[0].noise)
     edges = [p for p in pairs if np.isfinite(p.log_ratio_se).all()]
     determined = ~excluded
-    notes = []
+    notes: list[Notice] = []
     while True:
         used = [p for p in edges if determined[p.i] and determined[p.j]]
         linked = np.zeros(count, bool)
@@ -322,11 +326,11 @@ def solve_gains(
     log_gain[undetermined] = 0.0
     error[undetermined] = np.inf
     if count - excluded.sum() > 1:
-        notes = [
-            f"{tiles[k].name}: gain_undetermined: its overlaps have too little structure (or its gain would lie outside "
-            f"1/{SANE_GAIN:g} .. {SANE_GAIN:g}); gain 1 in all channels, only its background is matched"
-            for k in np.nonzero(undetermined)[0]
-        ]
+        words = (
+            f"its overlaps have too little structure (or its gain would lie outside 1/{SANE_GAIN:g} .. {SANE_GAIN:g}); "
+            "gain 1 in all channels, only its background is matched"
+        )
+        notes = [_notice(tiles[k], "gain_undetermined", words) for k in np.nonzero(undetermined)[0]]
     return np.exp(log_gain), error, notes
 
 

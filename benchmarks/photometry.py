@@ -255,7 +255,7 @@ def run_case(name: str, layout: Layout, seed: int, stars: int = 4000) -> dict:
         "regions_with_stars": len(ours["star"]),
         "solve_s": solve_s,
         "seconds": time.perf_counter() - start,
-        "warnings": list(solution.warnings),
+        "warnings": [warning.text for warning in solution.warnings],
     }
 
 

@@ -101,7 +101,7 @@ def normalise(
     for k in np.nonzero(solution.excluded)[0]:
         run.aside.append(SetAside(placed[k].tile.name, "bad_tile: its values do not belong to this sky"))
     for warning in solution.warnings:
-        run.reporter.warn("", warning)
+        run.reporter.warn("", warning.text, kind=warning.kind, subject=warning.subject)
     names = [item.tile.name for item in placed]
     return Scene(grid, [placed[k] for k in keep], [surveys[k] for k in keep], store, solution.subset(keep), names)
 

@@ -9,7 +9,7 @@ mosaic is made afresh.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from astropy.io import fits
 
 from zemosaic_photometry import PhotometricSolution
 from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.errors import Notice
 from zemosaic_pipeline.files import pack, unpack
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.overlaps.pairs import PairRelation
@@ -94,7 +95,7 @@ def packed_solution(solution: PhotometricSolution) -> bytes:
     pairs = own.pop("pairs")
     for field in fields(PairRelation):
         own[f"pair {field.name}"] = np.array([getattr(pair, field.name) for pair in pairs])
-    return pack({**own, "warnings": list(solution.warnings)})
+    return pack({**own, "warnings": [astuple(warning) for warning in solution.warnings]})
 
 
 def unpacked_solution(data: bytes) -> PhotometricSolution:
@@ -105,7 +106,7 @@ def unpacked_solution(data: bytes) -> PhotometricSolution:
         PairRelation(**{name: int(column[n]) if name in whole else column[n] for name, column in columns.items()})
         for n in range(len(columns["i"]))
     ]
-    found["warnings"] = tuple(found["warnings"])
+    found["warnings"] = tuple(Notice(*warning) for warning in found["warnings"])
     return PhotometricSolution(**found, pairs=tuple(pairs))
 
 
