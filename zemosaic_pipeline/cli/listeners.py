@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 from zemosaic_pipeline.host.progress import STAGES, Listener, StageCount, stage_count
@@ -89,7 +88,7 @@ class JsonLines:
 
     def __call__(self, key: str, progress: str | None, level: str | int, /, **fields: Any) -> None:
         count = stage_count(key, progress, level, fields)
-        message = {"level": level, "key": key, **fields} if count is None else asdict(count)
+        message = {"level": level, "key": key, **fields} if count is None else count._asdict()
         print(json.dumps(message, default=str), file=self._stream, flush=True)
 
     def close(self) -> None:

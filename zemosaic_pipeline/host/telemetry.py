@@ -22,7 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from zemosaic_pipeline.host.progress import STAGES, Listener, TimeLeft, stage_count
@@ -121,10 +123,10 @@ class _HostProbe:
     """Processor and memory, through psutil; loads are means since the last call."""
 
     def __init__(self) -> None:
+        self._psutil: ModuleType | None = None
         try:
             import psutil
         except ImportError:  # beside an older program it may be missing; the run does not need it
-            self._psutil = None
             return
         self._psutil = psutil
         self._process = psutil.Process()
@@ -132,16 +134,17 @@ class _HostProbe:
         self._loads: dict[str, float] = {}
         self.sample()  # the loads count from here
 
-    def _clocks(self) -> tuple[float, float, float, float]:
+    @staticmethod
+    def _clocks(psutil: ModuleType) -> tuple[float, float, float, float]:
         """Return seconds on the wall, of this process, of the machine busy and in all."""
-        times = self._psutil.cpu_times()
+        times = psutil.cpu_times()
         guests = getattr(times, "guest", 0) + getattr(times, "guest_nice", 0)  # Linux counts them as user's too
         total = sum(times) - guests
         busy = total - times.idle - getattr(times, "iowait", 0)
         return time.monotonic(), time.process_time(), busy, total
 
-    def _measure_loads(self) -> None:
-        now = self._clocks()
+    def _measure_loads(self, psutil: ModuleType) -> None:
+        now = self._clocks(psutil)
         wall, process, busy, total = (b - a for a, b in zip(self._last or now, now, strict=True))
         if wall >= _SHORTEST_LOAD and total > 0:
             machine = min(max(100 * busy / total, 0.0), 100.0)
@@ -154,7 +157,7 @@ class _HostProbe:
         if self._psutil is None:
             return {}
         try:
-            self._measure_loads()
+            self._measure_loads(self._psutil)
             memory = self._psutil.virtual_memory()
             rss = self._process.memory_info().rss
         except (self._psutil.Error, OSError):  # a locked-down system hides its counters
@@ -170,11 +173,11 @@ class _HostProbe:
 class _GpuProbe:
     """One card through NVML; no card, no driver or no library: empty samples, and no second try."""
 
-    def __init__(self, index: int | str, nvml: Any = None) -> None:
-        self._nvml = None
+    def __init__(self, index: int | str, nvml: ModuleType | None = None) -> None:
+        self._nvml: ModuleType | None = None
         if nvml is None:
             try:
-                import pynvml as nvml
+                nvml = import_module("pynvml")
             except ImportError:
                 return
         try:
@@ -300,7 +303,7 @@ class ResourceMonitor:
         *,
         gpu_index: int | str = 0,
         warn: Callable[[str], object] | None = None,
-        nvml: Any = None,
+        nvml: ModuleType | None = None,
     ) -> None:
         if not interval_sec > 0:
             raise ValueError(f"a sampling interval of {interval_sec} s is not above 0")
