@@ -35,6 +35,7 @@ from functools import partial
 
 import numpy as np
 
+from zemosaic_pipeline.errors import Notice
 from zemosaic_pipeline.overlaps.errors_in_variables import in_units
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, connected_groups, measure_pairs
 
@@ -55,19 +56,6 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class TileWarning:
-    """What the solution has to say of a tile; ``kind`` is one of bad_tile, no_overlap, second_island,
-    gain_undetermined."""
-
-    tile: str
-    kind: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.tile}: {self.kind}: {self.text}"
-
-
-@dataclass(frozen=True)
 class PhotometricSolution:
     """Gain, pivot and level of every tile and channel, (K, C) float64: ``C = (y - pivot) / gain + level``.
 
@@ -85,7 +73,7 @@ class PhotometricSolution:
     excluded: np.ndarray
     pairs: tuple[PairRelation, ...] = ()
     step_after: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    warnings: tuple[TileWarning, ...] = ()
+    warnings: tuple[Notice, ...] = ()
 
     @property
     def offset(self) -> np.ndarray:
@@ -204,9 +192,11 @@ def compute_photometric_gains_and_offsets(
             break
         excluded = excluded.copy()
         excluded[worst] = True
-    text = "its values do not belong to this sky; left out of the mosaic"
-    bad = [TileWarning(tiles[k].name, "bad_tile", text) for k in np.nonzero(excluded)[0]]
-    return replace(solution, warnings=(*bad, *solution.warnings))
+    notes = [
+        _notice(tiles[k], "bad_tile", "its values do not belong to this sky; left out of the mosaic")
+        for k in np.nonzero(excluded)[0]
+    ]
+    return replace(solution, warnings=(*notes, *solution.warnings))
 
 
 def absurd_levels(tiles: Sequence[CoarseTile]) -> np.ndarray:
@@ -273,27 +263,32 @@ def components(count: int, pairs: Sequence[PairRelation]) -> np.ndarray:
     return rank[labels]
 
 
-def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded: np.ndarray) -> list[TileWarning]:
+def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded: np.ndarray) -> list[Notice]:
     """One named warning for each tile or group that overlaps nothing."""
-    notes = []
+    notes: list[Notice] = []
     groups = [np.nonzero((component == c) & ~excluded)[0] for c in range(component.max() + 1)]
     groups = [g for g in groups if len(g)]
     if len(groups) < 2:
         return notes
     for group in groups[1:]:
         if len(group) == 1:
-            text = "it overlaps no other tile; matched by its sky alone"
-            notes.append(TileWarning(tiles[group[0]].name, "no_overlap", text))
+            words = "it overlaps no other tile; matched by its sky alone"
+            notes.append(_notice(tiles[group[0]], "no_overlap", words))
         else:
             names = ", ".join(tiles[k].name for k in group[:5]) + (", ..." if len(group) > 5 else "")
-            text = f"this group of {len(group)} tiles ({names}) overlaps no other; matched by its sky alone"
-            notes.append(TileWarning(tiles[group[0]].name, "second_island", text))
+            words = f"this group of {len(group)} tiles ({names}) overlaps no other; matched by its sky alone"
+            notes.append(_notice(tiles[group[0]], "second_island", words))
     return notes
+
+
+def _notice(tile: CoarseTile, kind: str, words: str) -> Notice:
+    """A warning about a tile, as `run_report.json` has it."""
+    return Notice(f"{tile.name}: {kind}: {words}", kind, tile.name)
 
 
 def solve_gains(
     tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], excluded: np.ndarray, se_limit: float
-) -> tuple[np.ndarray, np.ndarray, list[TileWarning]]:
+) -> tuple[np.ndarray, np.ndarray, list[Notice]]:
     """Gains (K, C) and standard errors of ln gain; a tile without a believable gain has gain 1 in all channels.
 
     Undetermined tiles are taken out of the graph and the rest is solved again, until nothing changes.
@@ -301,7 +296,7 @@ def solve_gains(
     count, channels = len(tiles), len(tiles[0].noise)
     edges = [p for p in pairs if np.isfinite(p.log_ratio_se).all()]
     determined = ~excluded
-    notes = []
+    notes: list[Notice] = []
     while True:
         used = [p for p in edges if determined[p.i] and determined[p.j]]
         linked = np.zeros(count, bool)
@@ -331,11 +326,11 @@ def solve_gains(
     log_gain[undetermined] = 0.0
     error[undetermined] = np.inf
     if count - excluded.sum() > 1:
-        text = (
+        words = (
             f"its overlaps have too little structure (or its gain would lie outside 1/{SANE_GAIN:g} .. {SANE_GAIN:g}); "
             "gain 1 in all channels, only its background is matched"
         )
-        notes = [TileWarning(tiles[k].name, "gain_undetermined", text) for k in np.nonzero(undetermined)[0]]
+        notes = [_notice(tiles[k], "gain_undetermined", words) for k in np.nonzero(undetermined)[0]]
     return np.exp(log_gain), error, notes
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zemosaic_pipeline.cli import main as cli
+from zemosaic_pipeline.fits.find import require_folder
 from zemosaic_pipeline.gui.filter_window import (
     _auto_split_groups,
     _compute_max_angular_separation_deg,
     cluster_seestar_stacks_connected,
 )
 from zemosaic_pipeline.gui.process import serve
-from zemosaic_pipeline.host.folders import prepare_output, usable_input
+from zemosaic_pipeline.host.folders import prepare_output
 from zemosaic_pipeline.host.threads import collect_seldom
 from zemosaic_pipeline.phases.frame_plan import FramePlan
 from zemosaic_pipeline.phases.result import MosaicResult
@@ -95,7 +96,7 @@ def run_hierarchical_mosaic(
     if overrides:
         settings, more = Settings.from_mapping({**asdict(settings), **overrides}, "Python call")
         notes = [*notes, *more]
-    source = usable_input(Path(input_folder), settings)
+    source = require_folder(Path(input_folder))
     output = prepare_output(Path(output_folder))
     listeners = [progress_callback] if progress_callback else []
     with open_run(

@@ -23,8 +23,8 @@ import numpy as np
 from astropy.io import fits
 from astropy.wcs import WCS
 from scipy.ndimage import gaussian_filter
-from scipy.optimize import brentq
-from scipy.spatial import cKDTree
+from scipy.optimize import root_scalar
+from scipy.spatial import KDTree
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -99,11 +99,12 @@ class Verdict:
 
 def read_picture(path: Path) -> Picture:
     """A master tile or science mosaic; NaN where its ALPHA extension is 0."""
-    with fits.open(path, memmap=False) as hdus:
-        data = hdus[0].data.astype(np.float64)
-        if "ALPHA" in hdus:
-            data[:, hdus["ALPHA"].data == 0] = np.nan
-        return Picture(data, WCS(hdus[0].header, naxis=2), path.name)
+    data = np.array(fits.getdata(path), np.float64)
+    with fits.open(path) as hdul:
+        masked = "ALPHA" in hdul
+    if masked:
+        data[:, np.asarray(fits.getdata(path, "ALPHA")) == 0] = np.nan
+    return Picture(data, WCS(fits.getheader(path), naxis=2), path.name)
 
 
 def mad_sigma(values: np.ndarray) -> float:
@@ -128,11 +129,16 @@ def match(picture: Picture, truth: Truth) -> Matched:
     return Matched(picture, values, image, nebula, star_free, sigma, fwhm)
 
 
+def whole_pixels(image: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) of an image (C, H, W) that hold data in all channels."""
+    return np.asarray(np.isfinite(image).all(axis=0))
+
+
 def stars_inside(truth: Truth, wcs: WCS, good: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Unsaturated stars alone in their aperture and inside ``good`` (H, W): int (n, 2) row, column; fluxes (n, 3)."""
     x, y, flux = truth.stars_on(wcs, good.shape)
     xy, total = np.column_stack([x, y]), flux.mean(axis=1)
-    near = cKDTree(xy).query_ball_point(xy, 1.7 * radius)
+    near = KDTree(xy).query_ball_point(xy, 1.7 * radius)
     alone = np.array([total[n].sum() < 1.1 * total[k] for k, n in enumerate(near)], bool)
     at = np.rint(xy[:, ::-1]).astype(int)
     reach = int(radius) + 2
@@ -147,7 +153,7 @@ def stars_inside(truth: Truth, wcs: WCS, good: np.ndarray, radius: float) -> tup
 def width_of_stars(stars: np.ndarray, wcs: WCS, truth: Truth) -> float:
     """Full width at half maximum at which rendered stars are as concentrated as those of a picture (nebula removed)."""
     small, large = 0.75 * truth.night.fwhm, 2.5 * truth.night.fwhm
-    at, flux = stars_inside(truth, wcs, np.isfinite(stars).all(axis=0), large)
+    at, flux = stars_inside(truth, wcs, whole_pixels(stars), large)
     at = at[np.argsort(flux.mean(axis=1))[::-1][:60]]
     if len(at) < 5:
         return truth.night.fwhm
@@ -162,7 +168,9 @@ def width_of_stars(stars: np.ndarray, wcs: WCS, truth: Truth) -> float:
     def excess(fwhm: float) -> float:
         return concentration(truth.star_field(wcs, shape, fwhm)) - found
 
-    return brentq(excess, low, high, xtol=0.01) if excess(low) > 0 > excess(high) else truth.night.fwhm
+    if not excess(low) > 0 > excess(high):
+        return truth.night.fwhm
+    return root_scalar(excess, bracket=(low, high), method="brentq", xtol=0.01).root
 
 
 # ---- Phase 1: the plate solutions
@@ -385,7 +393,7 @@ def star_fluxes(mosaic: Matched, truth: Truth) -> StarFluxes:
     of its bright stars.
     """
     radius = 1.7 * mosaic.fwhm
-    at, flux = stars_inside(truth, mosaic.picture.wcs, np.isfinite(mosaic.values).all(axis=0), radius)
+    at, flux = stars_inside(truth, mosaic.picture.wcs, whole_pixels(mosaic.values), radius)
     weight = gaussian_filter(mosaic.star_free.astype(float), 16)
     residual = np.nan_to_num(mosaic.residual)
     sky = np.stack([gaussian_filter(r, 16) / np.maximum(weight, 1e-3) for r in residual])
@@ -430,9 +438,9 @@ def _bins(flux: np.ndarray, ratio: np.ndarray, edges: np.ndarray) -> tuple[np.nd
         if pick.sum() < BIN_STARS:
             raise ValueError(f"only {pick.sum()} stars with a flux of {low:.0f} to {high:.0f}: too few to judge")
         f, r = flux[pick], ratio[pick]
-        keep = np.ones(len(f), bool)
+        keep, mean = np.ones(len(f), bool), 1.0
         for _ in range(5):
-            mean = np.average(r[keep], weights=f[keep] ** 2)
+            mean = float(np.average(r[keep], weights=f[keep] ** 2))
             pull = (r - mean) * f
             keep = np.abs(pull) < 4 * max(mad_sigma(pull[keep]), 1e-9)
         w = f[keep] ** 2 / np.sum(f[keep] ** 2)

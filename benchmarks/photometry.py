@@ -103,7 +103,8 @@ def make_scene(layout: Layout, seed: int, stars: int = 4000, nebula: float = 1.0
     store, backend = PixelStore(10**9), CpuBackend()
     surveys = [survey_tile(tile, store) for tile in tiles]
     feather = 0.1 * min(layout.shape)
-    placed = [weighted(p, s, 1.0, feather) for p, s in zip(place_tiles(tiles, grid), surveys, strict=True)]
+    meshed = zip(place_tiles(tiles, grid), surveys, strict=True)
+    placed = [weighted(item, facts, 1.0, feather) for item, facts in meshed if item is not None]
     counts = overlap_counts(placed, grid.shape, CELL_PX)
     coarse = [measure_tile(p, s, counts, CELL_PX, store, backend) for p, s in zip(placed, surveys, strict=True)]
     return Scene(layout, sky, panels, grid, placed, store, coarse)
@@ -163,12 +164,12 @@ def true_sky(scene: Scene) -> Truth:
 
 def usable_stars(scene: Scene, region: np.ndarray, radius: float):
     """Stars bright enough, alone enough and wholly within one region; and what measures their true fluxes."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     wcs, sky = scene.grid.wcs, scene.sky
     xy = np.stack(wcs.world_to_pixel_values(*sky.wcs.pixel_to_world_values(*sky.stars.T)), axis=1)
     bright = (sky.fluxes > 50 * scene.layout.noise * np.sqrt(np.pi) * radius).all(axis=1)
-    near = cKDTree(xy).query_ball_point(xy, 1.6 * radius)
+    near = KDTree(xy).query_ball_point(xy, 1.6 * radius)
     total = sky.fluxes.mean(axis=1)
     alone = np.array([total[n].sum() < 1.1 * total[k] for k, n in enumerate(near)])
     height, width = region.shape
@@ -191,7 +192,7 @@ def fit_to_truth(values: np.ndarray, truth: np.ndarray, star_free: np.ndarray, n
     x, y = truth[pick].astype(float), values[pick].astype(float)
     middle = np.median(x)
     x = x - middle
-    weight = np.ones_like(x)
+    weight, a, b = np.ones_like(x), 1.0, 0.0
     for _ in range(5):
         a, b = np.polyfit(x, y, 1, w=np.sqrt(weight))
         u = (y - a * x - b) / noise / 4.685
@@ -255,7 +256,7 @@ def run_case(name: str, layout: Layout, seed: int, stars: int = 4000) -> dict:
         "regions_with_stars": len(ours["star"]),
         "solve_s": solve_s,
         "seconds": time.perf_counter() - start,
-        "warnings": list(solution.warnings),
+        "warnings": [warning.text for warning in solution.warnings],
     }
 
 
@@ -292,7 +293,7 @@ def solve_seconds(tiles: int = 200, pairs: int = 6500, channels: int = 3, seed: 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; the exit status is 1 where one fails."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", type=Path, help="write the figures to this file too")

@@ -147,7 +147,7 @@ def checksum(data: np.ndarray | bytes, start: int = 0) -> int:
     view = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
     whole = len(view) // 8192 * 8192
     lanes = np.add.reduce(view[:whole].view("<u8").reshape(-1, 1024), axis=0)
-    return zlib.crc32(view[whole:], zlib.crc32(lanes, start))
+    return zlib.crc32(view[whole:].data, zlib.crc32(lanes, start))
 
 
 # ------------------------------------------------------------------------------------------------- arrays as bytes
@@ -176,6 +176,7 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def bytes_digest(data: bytes) -> str:
+    """Digest of bytes, as text."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from zemosaic_pipeline.host import telemetry
-from zemosaic_pipeline.host.telemetry import PhaseClock, ResourceMonitor, peak_rss_bytes
+from zemosaic_pipeline.host.progress import MASTER_TILES_GIVEN, TimeLeft
+from zemosaic_pipeline.host.telemetry import PhaseClock, ResourceMonitor, peak_rss_bytes, telemetry_feed
 
 MB = 2**20
 HEADER = (
@@ -84,7 +85,7 @@ def test_samples_go_to_the_csv_and_to_the_callback(tmp_path):
     with ResourceMonitor(path, 0.03, seen.append, nvml=no_gpu()) as monitor:
         time.sleep(0.15)
         monitor.update(phase_index=np.int64(5), phase_name="phase5_reproject", tiles_done=np.int32(2))
-        monitor.update(tiles_total=9, eta_seconds=np.float32(12.5), use_gpu=False, rows_per_chunk=64)
+        monitor.update(tiles_total=9, eta_seconds=np.float32(12.5), use_gpu=False, max_chunk_bytes=64)
         [thread] = our_threads()
         assert thread.daemon
     assert not our_threads()
@@ -95,7 +96,7 @@ def test_samples_go_to_the_csv_and_to_the_callback(tmp_path):
     assert (first["phase_index"], first["tiles_done"], first["eta_seconds"]) == ("0", "0", "")
     assert (last["phase_index"], last["phase_name"]) == ("5", "phase5_reproject")
     assert (last["tiles_done"], last["tiles_total"], last["eta_seconds"]) == ("2", "9", "12.5")
-    assert (last["use_gpu"], last["rows_per_chunk"], last["gpu_name"]) == ("False", "64", "")
+    assert (last["use_gpu"], last["max_chunk_bytes"], last["gpu_name"]) == ("False", "64", "")
     total = psutil.virtual_memory().total / MB
     assert float(last["ram_total_mb"]) == pytest.approx(total, abs=0.01)
     assert float(last["ram_used_mb"]) + float(last["ram_available_mb"]) == pytest.approx(total, abs=0.05)
@@ -112,6 +113,31 @@ def test_the_callback_gets_the_guis_fields_as_plain_numbers():
     assert {type(value) for value in stats.values()} <= {int, float, str}
     assert type(stats["phase_index"]) is int and stats["phase_index"] == 4
     assert (stats["gpu_used_mb"], stats["gpu_total_mb"], stats["gpu_util_percent"]) == (200, 8000, 30)
+
+
+def test_the_csv_tells_the_time_left_once_it_is_known(tmp_path):
+    """A quarter of Phase 6 in 100 s: 300 s for its rest, and half of its 400 s for Phase 7, whose share is half."""
+    now = [0.0]
+    with ResourceMonitor(tmp_path / "t.csv", 60, nvml=no_gpu()) as monitor:
+        tell = telemetry_feed(monitor, TimeLeft(lambda: now[0]))
+        tell(MASTER_TILES_GIVEN, None, "INFO", text="9 tiles", num_tiles=9)
+        tell("STAGE_PROGRESS", "phase6", 0, total=4)
+        monitor.sample()
+        now[0] = 100.0
+        tell("STAGE_PROGRESS", "phase6", 1, total=4)
+        monitor.sample()
+        now[0] = 110.0
+    unknown, told, ten_seconds_later = (row["eta_seconds"] for row in rows_of(tmp_path / "t.csv"))
+    assert (unknown, told) == ("", "500.0") and 480 < float(ten_seconds_later) < 500
+
+
+def test_columns_without_a_meaning_here_are_empty(tmp_path):
+    with ResourceMonitor(tmp_path / "t.csv", 60, nvml=FakeNvml()) as monitor:
+        monitor.update(max_chunk_bytes=64)
+        with pytest.raises(TypeError, match="rows_per_chunk"):
+            monitor.update(rows_per_chunk=64)
+    [row] = rows_of(tmp_path / "t.csv")
+    assert {name: value for name, value in row.items() if "chunk" in name and value} == {"max_chunk_bytes": "64"}
 
 
 def test_what_is_unknown_is_left_out_of_the_message():

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from zemosaic_pipeline.cli.listeners import JsonLines, TerminalBar
-from zemosaic_pipeline.errors import Cancelled, UsageError, ZeMosaicError
+from zemosaic_pipeline.cli.listeners import JsonLines, TerminalBar, WarningTexts, to_all
+from zemosaic_pipeline.errors import DONE, ExitStatus, Outcome, UsageError, outcome_of
 from zemosaic_pipeline.files import not_written
-from zemosaic_pipeline.host.folders import prepare_output, program_version, usable_input
-from zemosaic_pipeline.phases.result import MosaicResult
+from zemosaic_pipeline.fits.find import require_folder
+from zemosaic_pipeline.host.folders import prepare_output, program_version
+from zemosaic_pipeline.host.progress import Listener
+from zemosaic_pipeline.phases.result import Engine, MosaicResult
 from zemosaic_pipeline.settings.settings import Settings, load_config, parse_overrides
-
-Engine = Callable[..., MosaicResult]
-
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,91 +78,90 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
 def main(engine: Engine, argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status. ``engine`` is `zemosaic_worker.run_hierarchical_mosaic`."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a file name may not exist in the terminal's alphabet
+        if isinstance(stream, io.TextIOWrapper):  # a file name may not exist in the terminal's alphabet
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     options = parser.parse_args(argv)
     listener = JsonLines() if options.json_progress else TerminalBar()
     try:
-        status, sentence = attempt(engine, parser, options, listener)
+        outcome = attempt(engine, parser, options, listener)
         listener.close()
-        if sentence and options.json_progress:
-            listener(sentence, None, "ERROR", text=sentence)
+        if outcome.sentence and options.json_progress:
+            listener(outcome.sentence, None, "ERROR", text=outcome.sentence)
     except BrokenPipeError:
         # nobody reads on (zemosaic-worker ... | head): Python must not flush into the pipe again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status, sentence = EXIT_FAILED, "stopped: nobody reads the standard output any more"
-    if sentence:
-        print(f"zemosaic-worker: {sentence}", file=sys.stderr)
-    return status
+        outcome = Outcome(ExitStatus.FAILED, "stopped: nobody reads the standard output any more")
+    if outcome.sentence:
+        print(f"zemosaic-worker: {outcome.sentence}", file=sys.stderr)
+    return outcome.status
 
 
 def attempt(
-    engine: Engine, parser: argparse.ArgumentParser, options: argparse.Namespace, listener: Any
-) -> tuple[int, str]:
-    """Run the command: the exit status, and what there is to say of a failure."""
+    engine: Engine, parser: argparse.ArgumentParser, options: argparse.Namespace, listener: Listener
+) -> Outcome:
+    """Run the command; an error in the program is raised."""
     try:
         with terminate_as_interrupt():
-            command(engine, parser, options, [] if options.quiet and not options.json_progress else [listener])
-            return EXIT_DONE, ""
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED, "interrupted: nothing half-written was left"
-    except ZeMosaicError as error:
+            command(engine, parser, options, listener)
+        return DONE
+    except BaseException as error:
+        outcome = outcome_of(error)
+        if outcome is None:
+            raise
         if options.verbose:
             traceback.print_exc()
-        kinds = {UsageError: EXIT_USAGE, Cancelled: EXIT_INTERRUPTED}
-        return kinds.get(type(error), EXIT_FAILED), str(error)
-    except MemoryError:
-        return EXIT_FAILED, "there is not enough memory: give a smaller --memory-budget, or fewer --jobs"
-    except ModuleNotFoundError as error:
-        if (error.name or "zemosaic").startswith("zemosaic"):
-            raise
-        return EXIT_FAILED, f"the Python package {error.name} is missing: install zemosaic-worker with pip (see README)"
+        return outcome
 
 
-def command(engine: Engine, parser: argparse.ArgumentParser, options: argparse.Namespace, listeners: list[Any]) -> None:
-    """Run what the command line asks for and say where the results are."""
+def command(engine: Engine, parser: argparse.ArgumentParser, options: argparse.Namespace, listener: Listener) -> None:
+    """Do what the command line asks for."""
     settings, notes = settings_of(options)
-    demo = options.demo or options.demo_raw
+    source, output = folders_of(parser, options)
+    if options.dry_run:
+        say_plan(source, output, settings)
+        return
+    warnings = WarningTexts()
+    listeners = [listener] if options.json_progress or not options.quiet else []
+    talkative = not options.quiet and not options.json_progress
+    try:
+        tell = to_all(warnings, *listeners)
+        result = engine(source, output, progress_callback=tell, settings=settings, notes=notes)
+    finally:
+        if talkative:
+            list_warnings(warnings.texts)
+    if talkative:
+        summarise(result)
+
+
+def folders_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The input and the output folder; those of a demonstration are made.
+
+    Raises
+    ------
+    UsageError
+        They are missing, or given beside a demonstration, which has its own.
+    """
+    demo: Path | None = options.demo or options.demo_raw
     if demo and (options.input_dir or (options.demo and options.demo_raw)):
         raise UsageError("--demo DIR and --demo-raw DIR make their own input and output in DIR: give nothing else")
     if demo:
-        options.input_dir, options.output_dir = demo_input(demo, raw=bool(options.demo_raw))
+        return make_demo(demo, raw=demo == options.demo_raw)
     if options.input_dir is None or options.output_dir is None:
         parser.print_usage(sys.stderr)
         raise UsageError("INPUT_DIR and OUTPUT_DIR are needed (or --demo DIR, or --demo-raw DIR)")
-    if options.dry_run:
-        say_plan(options.input_dir, options.output_dir, settings)
-        return
-    warnings = []
-
-    def collect(key: str, progress: Any, level: Any, **fields: Any) -> None:
-        if level == "WARN":
-            warnings.append(fields["text"])
-
-    def tell(*args: Any, **fields: Any) -> None:
-        for listener in (collect, *listeners):
-            listener(*args, **fields)
-
-    talkative = not options.quiet and not options.json_progress
-    try:
-        result = engine(options.input_dir, options.output_dir, progress_callback=tell, settings=settings, notes=notes)
-    finally:
-        if talkative:
-            list_warnings(warnings)
-    if talkative:
-        summarise(result)
+    return options.input_dir, options.output_dir
 
 
 def say_plan(source: Path, output: Path, settings: Settings) -> None:
     """Print what a run would do."""
     from zemosaic_pipeline.cli.dry_run import plan_run
 
-    for line in plan_run(usable_input(source, settings), output, settings).lines():
+    for line in plan_run(require_folder(source), output, settings).lines():
         print(line)
 
 
-def demo_input(folder: Path, raw: bool) -> tuple[Path, Path]:
+def make_demo(folder: Path, raw: bool) -> tuple[Path, Path]:
     """Make the demonstration's panels or raw frames; returns its input and output folder."""
     prepare_output(folder)
     try:
@@ -206,10 +205,10 @@ def summarise(result: MosaicResult) -> None:
 
 
 @contextmanager
-def terminate_as_interrupt():
+def terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM ends a run as Ctrl-C does, with everything cleaned up."""
 
-    def interrupt(signum: int, frame: Any) -> None:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     try:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from astropy.io import fits
 
 from zemosaic_pipeline.errors import UnsolvedImage, UnusableFile
 from zemosaic_pipeline.fits.find import SetAside, find_fits_files
-from zemosaic_pipeline.fits.headers import BROKEN, PRODUCT_KEYWORD, quiet
+from zemosaic_pipeline.fits.headers import BROKEN, PRODUCT_KEYWORD, hdu_at, quiet
 from zemosaic_pipeline.fits.tile import Tile, open_tile
 
 _PRODUCT_NAME = re.compile(r"^zemosaic_MT\d+_R\d+_(science|aesthetic|coverage)\.fits(\.(fz|gz))*$", re.IGNORECASE)
@@ -34,10 +34,11 @@ def is_own_product(path: Path | str) -> bool:
         return True
     try:
         with quiet(), fits.open(path, memmap=False) as hdul:
-            if PRODUCT_KEYWORD in hdul[0].header:
+            primary = hdu_at(hdul, 0).header
+            if PRODUCT_KEYWORD in primary:
                 return True
             # a compressed copy has an empty primary HDU and its header in the first extension
-            return hdul[0].header.get("NAXIS") == 0 and PRODUCT_KEYWORD in hdul[1].header
+            return primary.get("NAXIS") == 0 and PRODUCT_KEYWORD in hdu_at(hdul, 1).header
     except BROKEN:
         return False
 
@@ -47,7 +48,6 @@ def scan_tiles(
     scratch_dir: Path | str,
     output_dir: Path | str | None = None,
     progress: Callable[[int, int], object] | None = None,
-    names: Collection[str] | None = None,
     raw_ends: bool = False,
 ) -> tuple[list[Tile], list[SetAside]]:
     """Open every FITS file below `input_dir`; what cannot be used is set aside with its reason.
@@ -62,8 +62,6 @@ def scan_tiles(
         Where the mosaic goes; where it lies below `input_dir`, its files are no input.
     progress : callable, optional
         Called as ``progress(done, total)`` before the first file and after each.
-    names : collection of str, optional
-        Only these files, by their names relative to `input_dir`; default all.
     raw_ends : bool
         A raw frame ends the scan with `RawFrame`, and so do images none of which has a WCS.
 
@@ -86,9 +84,6 @@ def scan_tiles(
     root = Path(input_dir)
     aside: list[SetAside] = []
     files = {path.relative_to(root).as_posix(): path for path in find_fits_files(root, problems=aside)}
-    if names is not None:
-        aside += [SetAside(name, "is not in the input folder") for name in sorted(set(names) - set(files))]
-        files = {name: path for name, path in files.items() if name in set(names)}
     own = [Path(scratch_dir)]
     if raw_ends and output_dir is not None and not _lies_in(root / "x", Path(output_dir) / MASTER_TILES):
         own.append(Path(output_dir) / MASTER_TILES)  # made of frames that may lie here, too

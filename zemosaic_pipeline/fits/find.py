@@ -66,8 +66,7 @@ def find_fits_files(folder: Path | str, problems: list[SetAside] | None = None) 
     UsageError
         `folder` is missing, no folder, or cannot be read.
     """
-    folder = Path(folder)
-    require_folder(folder)
+    folder = require_folder(Path(folder))
 
     def report(error: OSError) -> None:
         if problems is not None:
@@ -87,8 +86,8 @@ def find_fits_files(folder: Path | str, problems: list[SetAside] | None = None) 
     return sorted(found)
 
 
-def require_folder(folder: Path) -> None:
-    """Raise `UsageError` where a folder is missing, no folder, or cannot be read."""
+def require_folder(folder: Path) -> Path:
+    """The input folder, proved readable; `UsageError` where it is missing, no folder, or cannot be read."""
     if not folder.exists():
         raise UsageError(f"The input folder {folder} does not exist.")
     if not folder.is_dir():
@@ -98,3 +97,4 @@ def require_folder(folder: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"The input folder {folder} cannot be read ({reason}).") from error
+    return folder

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from astropy.io import fits
@@ -24,6 +25,8 @@ PRODUCT_KEYWORD = "ZMPROD"
 """In the primary header of every image that this program writes: 'science', 'aesthetic' or 'coverage'."""
 BROKEN = (OSError, EOFError, zlib.error, fits.VerifyError, ValueError, TypeError, LookupError, AttributeError)
 """What astropy raises on headers, tables and gzipped files that are not what they say."""
+ImageHDU = fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU
+"""What may hold an image."""
 _FRAME_KEYWORDS = ("MT_NFRAMES", "NCOMBINE", "STACKCNT")
 
 
@@ -62,12 +65,22 @@ def open_fits(plain: Path, path: Path) -> Iterator[fits.HDUList]:
     with ExitStack() as stack:
         try:
             hdul = stack.enter_context(fits.open(plain, memmap=False))
-            parsed = [hdu.header for hdu in hdul]
+            parsed = [hdu.header for hdu in hdus_of(hdul)]
         except BROKEN as error:
             raise UnusableFile(path, f"has a broken FITS header ({one_line(error)})") from error
         if not parsed:
             raise UnusableFile(path, "has a broken FITS header")
         yield hdul
+
+
+def hdu_at(hdul: fits.HDUList, index: int) -> ImageHDU:
+    """One HDU of a file (astropy declares that it may be a list of them)."""
+    return cast(ImageHDU, hdul[index])
+
+
+def hdus_of(hdul: fits.HDUList) -> Iterator[ImageHDU]:
+    """The HDUs of a file in turn; each is read when it is asked for."""
+    return cast(Iterator[ImageHDU], iter(hdul))
 
 
 # -------------------------------------------------------------------------------------- how pixels are stored
@@ -104,7 +117,7 @@ class Stored:
         return self.axes[-1] == "c"
 
 
-def has_pixels(hdu) -> bool:
+def has_pixels(hdu: ImageHDU) -> bool:
     """Tell whether an HDU is an image with pixels."""
     try:
         return bool(hdu.is_image and hdu.shape) and all(isinstance(n, int) and n > 0 for n in hdu.shape)
@@ -136,20 +149,35 @@ def _layout(shape: tuple[int, ...], path: Path) -> tuple[str, tuple[int, int, in
     return "".join("-" if axis in dropped else next(given) for axis in range(len(shape))), size3
 
 
-def _value(header: fits.Header, key: str, default, path: Path):
-    """Return a keyword's value, a number where `default` is one."""
+_Number = TypeVar("_Number", int, float)
+
+
+def _number(header: fits.Header, key: str, default: _Number, path: Path) -> _Number:
+    """A keyword's value, as a number of the default's type."""
+    value = _value(header, key, default, path)
     try:
-        value = header.get(key, default)
-        return type(default)(value) if isinstance(default, int | float) else value
+        return type(default)(value)
+    except (ValueError, TypeError) as error:
+        raise _unreadable(key, path) from error
+
+
+def _value(header: fits.Header, key: str, default: object, path: Path) -> Any:
+    """A keyword's value, whatever it is."""
+    try:
+        return header.get(key, default)
     except (fits.VerifyError, ValueError, TypeError) as error:
-        raise UnusableFile(path, f"has an unreadable {key} in its header") from error
+        raise _unreadable(key, path) from error
 
 
-def how_stored(hdu, path: Path) -> Stored:
+def _unreadable(key: str, path: Path) -> UnusableFile:
+    return UnusableFile(path, f"has an unreadable {key} in its header")
+
+
+def how_stored(hdu: ImageHDU, path: Path) -> Stored:
     """Read off a header how the pixels are stored; must come before ``hdu.data`` is touched."""
     header = hdu.header
     axes, shape = _layout(hdu.shape, path)
-    bitpix = _value(header, "BITPIX", 0, path)
+    bitpix = _number(header, "BITPIX", 0, path)
     if bitpix not in (8, 16, 32, 64, -32, -64):
         raise UnusableFile(path, f"has an impossible BITPIX of {bitpix}")
     kind = "f" if bitpix < 0 else "u" if bitpix == 8 else "i"
@@ -158,8 +186,8 @@ def how_stored(hdu, path: Path) -> Stored:
         axes=axes,
         shape=shape,
         dtype=np.dtype(f">{kind}{abs(bitpix) // 8}"),
-        scale=_value(header, "BSCALE", 1.0, path),
-        zero=_value(header, "BZERO", 0.0, path),
+        scale=_number(header, "BSCALE", 1.0, path),
+        zero=_number(header, "BZERO", 0.0, path),
         blank=blank if isinstance(blank, int) else None,
     )
 
@@ -169,7 +197,8 @@ def frame_count(*headers: fits.Header) -> int:
     for header in headers:
         for key in _FRAME_KEYWORDS:
             try:
-                count = int(float(header.get(key, 0)))
+                value: Any = header.get(key, 0)
+                count = int(float(value))
             except (fits.VerifyError, ValueError, TypeError, OverflowError):
                 continue
             if count > 0:
@@ -187,7 +216,7 @@ def looks_stacked(header: fits.Header) -> bool:
 # -------------------------------------------------------------------------------------------------------- WCS
 
 
-def wcs_header(hdu, primary) -> fits.Header:
+def wcs_header(hdu: ImageHDU, primary: ImageHDU) -> fits.Header:
     """Return the header that holds the WCS: the image's, else that of a primary HDU without data."""
     if "CTYPE1" not in hdu.header and hdu is not primary and not primary.shape:
         return primary.header
@@ -238,8 +267,7 @@ def celestial_wcs(
     if wcs.wcs.lng == 1:
         wcs = _longitude_first(wcs, header, hdul, path)
     if stored is not None:
-        wcs.pixel_shape = stored.shape[:0:-1]
-        _require_finite(wcs, path)
+        _set_size(wcs, stored.shape[1:], path)
     return wcs
 
 
@@ -257,9 +285,10 @@ def _require_regular(wcs: WCS, path: Path) -> None:
         raise UnusableFile(path, "has a WCS whose matrix is singular (zero determinant)")
 
 
-def _require_finite(wcs: WCS, path: Path) -> None:
-    """Refuse a WCS that does not know where the image's centre lies, or does not find the way back."""
-    width, height = wcs.pixel_shape
+def _set_size(wcs: WCS, size: tuple[int, int], path: Path) -> None:
+    """Give a WCS its (H, W); refuse one that does not know where the centre lies, or does not find the way back."""
+    height, width = size
+    wcs.pixel_shape = (width, height)
     centre = np.array([[(width - 1) / 2, (height - 1) / 2]])
     try:
         sky = wcs.all_pix2world(centre, 0)
@@ -285,7 +314,8 @@ def _longitude_first(wcs: WCS, header: fits.Header, hdul: fits.HDUList | None, p
     new = WCS(swapped, hdul, naxis=2)
     points = wcs.wcs.crpix + np.array([[0, 0], [300, 0], [0, 300], [-300, -300]])
     # PV terms mean different things in the other order
-    if not np.allclose(new.all_pix2world(points, 1), wcs.all_pix2world(points, 1)[:, ::-1], rtol=0, atol=1e-9):
+    before = np.asarray(wcs.all_pix2world(points, 1))
+    if not np.allclose(new.all_pix2world(points, 1), before[:, ::-1], rtol=0, atol=1e-9):
         raise UnusableFile(path, "has a distorted WCS with the latitude axis first, which cannot be read safely")
     return new
 
@@ -320,22 +350,22 @@ def read_wcs_file(path: Path | str) -> tuple[WCS, tuple[int, int] | None]:
 
 def _wcs_of_fits(path: Path) -> tuple[WCS, tuple[int, int] | None]:
     with open_fits(path, path) as hdul:
-        with_wcs = (hdu.header for hdu in hdul if "CTYPE1" in hdu.header)
-        return _wcs_of_cards(next(with_wcs, hdul[0].header), path, hdul)
+        with_wcs = (hdu.header for hdu in hdus_of(hdul) if "CTYPE1" in hdu.header)
+        return _wcs_of_cards(next(with_wcs, hdu_at(hdul, 0).header), path, hdul)
 
 
 def _wcs_of_cards(
     header: fits.Header, path: Path, hdul: fits.HDUList | None = None
 ) -> tuple[WCS, tuple[int, int] | None]:
-    sizes = [_value(header, f"NAXIS{axis}", 0, path) for axis in (1, 2, 3)]
+    sizes = [_number(header, f"NAXIS{axis}", 0, path) for axis in (1, 2, 3)]
     if header.get("NAXIS") == 3 and sizes[0] == 3:
         sizes = sizes[1:]
     wcs = celestial_wcs(header, path, hdul)
     if min(sizes[:2]) < 1:
         return wcs, None
-    wcs.pixel_shape = tuple(sizes[:2])
-    _require_finite(wcs, path)
-    return wcs, (sizes[1], sizes[0])
+    size = (sizes[1], sizes[0])
+    _set_size(wcs, size, path)
+    return wcs, size
 
 
 def _text_cards(content: bytes) -> fits.Header:

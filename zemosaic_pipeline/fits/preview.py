@@ -325,7 +325,7 @@ def _png(image: np.ndarray) -> bytes:
     step = -(-height // _STRIPS)
     with ThreadPoolExecutor() as pool:
         strips = pool.map(_deflate, (filtered[y : y + step] for y in range(0, height, step)))
-        data = b"".join([b"\x78\x01", *strips, b"\x03\x00", struct.pack(">I", zlib.adler32(filtered))])
+        data = b"".join([b"\x78\x01", *strips, b"\x03\x00", struct.pack(">I", zlib.adler32(filtered.data))])
     colour = 2 if image.ndim == 3 else 0
     header = struct.pack(">IIBBBBB", image.shape[1], height, 8, colour, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
@@ -337,4 +337,4 @@ def _png(image: np.ndarray) -> bytes:
 def _deflate(lines: np.ndarray) -> bytes:
     """A run of whole deflate blocks that another may follow."""
     coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
-    return coder.compress(lines) + coder.flush(zlib.Z_FULL_FLUSH)
+    return coder.compress(lines.data) + coder.flush(zlib.Z_FULL_FLUSH)

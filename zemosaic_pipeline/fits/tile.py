@@ -10,140 +10,33 @@ from __future__ import annotations
 
 import gzip
 import shutil
-import sys
 import tempfile
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import cast
 
 import numpy as np
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from zemosaic_pipeline.arrays import page_array
 from zemosaic_pipeline.errors import RunError, UnusableFile
 from zemosaic_pipeline.files import is_disk_full
 from zemosaic_pipeline.fits.headers import (
+    ImageHDU,
     Stored,
     celestial_wcs,
     first_bytes,
     frame_count,
     has_pixels,
+    hdu_at,
     how_stored,
     looks_stacked,
-    one_line,
     open_fits,
     quiet,
     wcs_header,
 )
-
-# ---------------------------------------------------------------------------------------------- pixel readers
-
-
-class _Rows(Protocol):
-    """Where pixels come from: rows as float32 (C, rows, W), 'no data' as NaN or infinity."""
-
-    def read(self, y0: int, y1: int) -> np.ndarray: ...
-
-
-def _convert(raw: np.ndarray, stored: Stored, out: np.ndarray) -> None:
-    """Scale stored values into float32 `out` of the same shape; through float64 where float32 rounds."""
-    scale, zero = stored.scale, stored.zero
-    exact_shift = scale == 1 and zero.is_integer() and abs(zero) <= 2**23
-    small_int = raw.dtype.kind in "iu" and raw.dtype.itemsize <= 2
-    with np.errstate(over="ignore", invalid="ignore"):
-        if (scale == 1 and zero == 0) or (small_int and exact_shift):
-            np.copyto(out, raw, casting="same_kind")
-            if zero:
-                out += np.float32(zero)
-        else:
-            np.copyto(out, raw.astype(np.float64) * scale + zero, casting="same_kind")
-    if stored.blank is not None:
-        out[raw == stored.blank] = np.nan
-
-
-@dataclass(frozen=True)
-class _RawImage:
-    """The rows of an uncompressed image, read straight from the file."""
-
-    path: Path
-    offset: int
-    stored: Stored
-
-    def read(self, y0: int, y1: int) -> np.ndarray:
-        channels, height, width = self.stored.shape
-        rows = y1 - y0
-        out = page_array((channels, rows, width))
-        with self.path.open("rb") as stream:
-            if self.stored.interleaved:
-                raw = np.empty((rows, width, channels), self.stored.dtype)
-                self._fill(stream, y0 * width * channels, raw)
-                _convert(np.moveaxis(raw, 2, 0), self.stored, out)
-                return out
-            for c in range(channels):
-                self._read_plane(stream, (c * height + y0) * width, out[c])
-        return out
-
-    def _read_plane(self, stream, first: int, out: np.ndarray) -> None:
-        stored = self.stored
-        if stored.dtype == np.dtype(">f4") and stored.scale == 1 and stored.zero == 0:
-            self._fill(stream, first, out)  # no second array for the most common case
-            if sys.byteorder == "little":
-                out.byteswap(inplace=True)
-            return
-        raw = np.empty(out.shape, stored.dtype)
-        self._fill(stream, first, raw)
-        _convert(raw, stored, out)
-
-    def _fill(self, stream, first: int, array: np.ndarray) -> None:
-        stream.seek(self.offset + first * self.stored.dtype.itemsize)
-        if stream.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
-            raise OSError("it became shorter while it was in use")
-
-
-@dataclass(frozen=True)
-class _CompressedImage:
-    """The rows of a tile-compressed image: only the compression tiles that they touch are decoded."""
-
-    path: Path
-    index: int
-    stored: Stored
-
-    def read(self, y0: int, y1: int) -> np.ndarray:
-        pick = {"c": slice(None), "y": slice(y0, y1), "x": slice(None), "-": 0}
-        try:
-            with fits.open(self.path, memmap=False, do_not_scale_image_data=True) as hdul:
-                raw = hdul[self.index].section[tuple(pick[axis] for axis in self.stored.axes)]
-        except MemoryError:
-            raise
-        except Exception as error:  # the decoder has errors of many kinds for a broken file
-            raise OSError(one_line(error)) from error
-        if self.stored.interleaved:
-            raw = np.moveaxis(raw, 2, 0)
-        out = np.empty((self.stored.shape[0], y1 - y0, self.stored.shape[2]), np.float32)
-        _convert(np.reshape(raw, out.shape), self.stored, out)
-        return out
-
-
-@dataclass(frozen=True)
-class _ArrayRows:
-    """Rows of an array in memory, (C, H, W)."""
-
-    data: np.ndarray
-
-    def read(self, y0: int, y1: int) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self.data[:, y0:y1].astype(np.float32)
-
-
-@dataclass(frozen=True)
-class _Pixels:
-    """Image and mask of a tile; the mask's weight is its value divided by `alpha_full`."""
-
-    image: _Rows
-    alpha: _Rows | None = None
-    alpha_full: float = 1.0
+from zemosaic_pipeline.fits.rows import ArrayRows, CompressedImage, Pixels, PlainImage, RowReader, Window
 
 
 def _mask_rows(rows: np.ndarray, alpha: np.ndarray | None, zero_is_blank: bool) -> np.ndarray:
@@ -209,7 +102,7 @@ class Tile:
     channels: int
     wcs: WCS
     n_frames: int
-    pixels: _Pixels = field(repr=False)
+    pixels: Pixels = field(repr=False)
     raw_sub: bool = False
     zero_is_blank: bool = False
 
@@ -217,7 +110,7 @@ class Tile:
     def plain(self) -> bool:
         """Its pixels lie uncompressed in a file: reading them again costs little more than copying them."""
         image = self.pixels.image
-        return isinstance(image.rows if isinstance(image, _Window) else image, _RawImage)
+        return isinstance(image.rows if isinstance(image, Window) else image, PlainImage)
 
     def read_rows(self, y0: int, y1: int) -> np.ndarray:
         """Read rows `y0` to `y1` (excluded) of all channels; safe on any number of threads.
@@ -251,7 +144,7 @@ class Tile:
             np.minimum(alpha, 1, out=alpha)
         return alpha
 
-    def _read(self, source: _Rows, channels: int, y0: int, y1: int) -> np.ndarray:
+    def _read(self, source: RowReader, channels: int, y0: int, y1: int) -> np.ndarray:
         if not 0 <= y0 <= y1 <= self.shape[0]:
             raise ValueError(f"rows {y0} to {y1} lie outside {self.name}, which has {self.shape[0]}")
         if y0 == y1:
@@ -293,24 +186,12 @@ def array_tile(
     if weights is not None:
         if np.shape(weights) != cube.shape[1:]:
             raise ValueError(f"weights of shape {np.shape(weights)} do not fit a tile of {cube.shape[1:]}")
-        alpha = _ArrayRows(np.asarray(weights)[None])
-    pixels = _Pixels(_ArrayRows(cube), alpha)
+        alpha = ArrayRows(np.asarray(weights)[None])
+    pixels = Pixels(ArrayRows(cube), alpha)
     return Tile(name, None, (cube.shape[1], cube.shape[2]), cube.shape[0], wcs, int(n_frames), pixels)
 
 
 # ---------------------------------------------------------------------------------------------- opening files
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A rectangle of another image."""
-
-    rows: _Rows
-    y0: int
-    columns: slice
-
-    def read(self, y0: int, y1: int) -> np.ndarray:
-        return np.ascontiguousarray(self.rows.read(y0 + self.y0, y1 + self.y0)[..., self.columns])
 
 
 def cropped(tile: Tile, percent: float) -> Tile:
@@ -322,8 +203,8 @@ def cropped(tile: Tile, percent: float) -> Tile:
     columns = slice(x, width - x)
     pixels = replace(
         tile.pixels,
-        image=_Window(tile.pixels.image, y, columns),
-        alpha=None if tile.pixels.alpha is None else _Window(tile.pixels.alpha, y, columns),
+        image=Window(tile.pixels.image, y, columns),
+        alpha=None if tile.pixels.alpha is None else Window(tile.pixels.alpha, y, columns),
     )
     wcs = tile.wcs[y : height - y, columns]
     return replace(tile, shape=(height - 2 * y, width - 2 * x), wcs=wcs, pixels=pixels)
@@ -392,7 +273,7 @@ class StoredImage:
     primary: fits.Header
     stored: Stored
     wcs: WCS | None
-    pixels: _Pixels = field(repr=False)
+    pixels: Pixels = field(repr=False)
     zero_is_blank: bool = False
 
 
@@ -460,53 +341,60 @@ def _image_of(hdul: fits.HDUList, path: Path, plain: Path, wcs_required: bool) -
             reasons.append(error)
             continue
         image = _rows_of(hdul, index, stored, plain)
-        if isinstance(image, _CompressedImage):
+        if isinstance(image, CompressedImage):
             _try_decoder(image, path)
         alpha, alpha_full = _find_alpha(hdul, stored.shape[1:], path, plain)
         floating_or_rgb = stored.shape[0] == 3 or stored.dtype.kind == "f"
-        pixels = _Pixels(image, alpha, alpha_full)
-        return StoredImage(path, hdu.header, hdul[0].header, stored, wcs, pixels, alpha is None and floating_or_rgb)
+        pixels = Pixels(image, alpha, alpha_full)
+        primary = hdu_at(hdul, 0).header
+        return StoredImage(path, hdu.header, primary, stored, wcs, pixels, alpha is None and floating_or_rgb)
     if reasons:
         raise reasons[0]
     raise UnusableFile(path, "holds no image (its header has no pixel axes)")
 
 
-def _wcs_of(hdu, hdul: fits.HDUList, path: Path, stored: Stored, required: bool) -> WCS | None:
+def _wcs_of(hdu: ImageHDU, hdul: fits.HDUList, path: Path, stored: Stored, required: bool) -> WCS | None:
     try:
-        return celestial_wcs(wcs_header(hdu, hdul[0]), path, hdul, stored)
+        return celestial_wcs(wcs_header(hdu, hdu_at(hdul, 0)), path, hdul, stored)
     except UnusableFile:
         if required:
             raise
         return None
 
 
-def _require_complete(hdu, path: Path, plain: Path) -> None:
+def _require_complete(hdu: ImageHDU, path: Path, plain: Path) -> None:
     """Compare the data's size by the header with the file's size."""
-    info = hdu.fileinfo()
+    start, span = _data_in_file(hdu)
     # a compressed table is followed by its heap, and whoever compresses also pads
-    length = info["datSpan"] if isinstance(hdu, fits.CompImageHDU) else hdu.size
-    size, needed = plain.stat().st_size, info["datLoc"] + length
-    if size <= info["datLoc"]:
+    length = span if isinstance(hdu, fits.CompImageHDU) else hdu.size
+    size, needed = plain.stat().st_size, start + length
+    if size <= start:
         raise UnusableFile(path, "has a header but no data")
     if size < needed:
         raise UnusableFile(path, f"is truncated ({size} of {needed} bytes)")
 
 
-def _try_decoder(image: _CompressedImage, path: Path) -> None:
+def _data_in_file(hdu: ImageHDU) -> tuple[int, int]:
+    """Byte offset of an HDU's data in its file, and their length, padding included."""
+    info = cast(dict[str, int], hdu.fileinfo())
+    return int(info["datLoc"]), int(info["datSpan"])
+
+
+def _try_decoder(image: CompressedImage, path: Path) -> None:
     try:
         image.read(0, 1)
     except OSError as error:
         raise UnusableFile(path, f"has compressed pixels that cannot be decoded ({error})") from error
 
 
-def _rows_of(hdul: fits.HDUList, index: int, stored: Stored, plain: Path) -> _Rows:
-    hdu = hdul[index]
+def _rows_of(hdul: fits.HDUList, index: int, stored: Stored, plain: Path) -> RowReader:
+    hdu = hdu_at(hdul, index)
     if isinstance(hdu, fits.CompImageHDU):
-        return _CompressedImage(plain, index, stored)
-    return _RawImage(plain, int(hdu.fileinfo()["datLoc"]), stored)
+        return CompressedImage(plain, index, stored)
+    return PlainImage(plain, _data_in_file(hdu)[0], stored)
 
 
-def _find_alpha(hdul: fits.HDUList, size: tuple[int, int], path: Path, plain: Path) -> tuple[_Rows | None, float]:
+def _find_alpha(hdul: fits.HDUList, size: tuple[int, int], path: Path, plain: Path) -> tuple[RowReader | None, float]:
     """Return the reader of the ALPHA extension, if there is one, and the value that means full weight."""
     for index, hdu in enumerate(hdul):
         if hdu.name != "ALPHA" or not has_pixels(hdu):
@@ -521,7 +409,7 @@ def _find_alpha(hdul: fits.HDUList, size: tuple[int, int], path: Path, plain: Pa
     return None, 1.0
 
 
-def _full_weight(alpha: _Rows, height: int, path: Path) -> float:
+def _full_weight(alpha: RowReader, height: int, path: Path) -> float:
     """Find the value of a mask that means full weight: masks of 0/1, 0..1, 0..255 and 0..65535 are about."""
     largest = 0.0
     for y0 in range(0, height, 256):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from astropy.io import fits
@@ -86,7 +87,9 @@ class MosaicWriter:
         if dtype not in ("f4", "u2") or len(shape) not in (2, 3) or min(shape) < 1:
             raise ValueError(f"an image {shape} of dtype {dtype} cannot be written")
         self.path = Path(path)
-        self.shape = (1, *shape) if len(shape) == 2 else tuple(shape)
+        channels, height, width = (1, *shape) if len(shape) == 2 else shape
+        self.shape = (channels, height, width)
+        self._size = (height, width)
         self.alpha_shape = alpha_shape
         self.resumed = False
         self._waiting, self._resume = waiting, resume
@@ -127,7 +130,7 @@ class MosaicWriter:
         return image
 
     def __enter__(self) -> MosaicWriter:
-        with self._told(), ExitStack() as stack:
+        with self._errors_told(), ExitStack() as stack:
             self.resumed = self._take_up()
             self._require_space()
             part = stack.enter_context(atomic_path(self.path, self._waiting))
@@ -169,16 +172,18 @@ class MosaicWriter:
 
     def _require_space(self) -> None:
         needed = self._total
-        if self.resumed:
+        if self.resumed and self._waiting is not None:
             needed -= 512 * getattr(self._waiting.stat(), "st_blocks", 0)
         free = shutil.disk_usage(self.path.parent).free
         if free < needed:
             sizes = f"needs {needed / 1e6:.3g} MB and the disk has {free / 1e6:.3g} MB left"
             raise RunError(f"{self.path} {sizes}: make room or choose another folder.")
 
-    def __exit__(self, *exc_info) -> bool | None:
-        with self._told():
-            return self._stack.__exit__(*exc_info)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        with self._errors_told():
+            return self._stack.__exit__(kind, error, traceback)
 
     def _write_zeros(self) -> None:
         """Fill the image with the stored value that means 0 where that is not 0 itself."""
@@ -188,7 +193,7 @@ class MosaicWriter:
             self._write_at(self._offset + 2 * first, zeros[: min(step, count - first)])
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_told(self) -> Iterator[None]:
         """Tell an error of the system in one sentence that names the file and the remedy."""
         try:
             yield
@@ -216,7 +221,7 @@ class MosaicWriter:
         planes = (np.moveaxis(block, 0, 2),) if self._interleaved else block
         total = 0
         for start, plane in zip(self._planes(), planes, strict=True):
-            total = self._write_rows(start, self.shape[1:], y0, x0, self._encoded(plane), total)
+            total = self._write_rows(start, self._size, y0, x0, self._encoded(plane), total)
         return total
 
     def write_alpha(self, y0: int, x0: int, block: np.ndarray) -> int:
@@ -231,12 +236,14 @@ class MosaicWriter:
         count = (self.shape[0],) if self._interleaved else ()
         planes, total = [], 0
         for start in self._planes():
-            plane, total = self._read_rows(start, self.shape[1:], y0, x0, np.empty((*size, *count), dtype), total)
+            plane, total = self._read_rows(start, self._size, y0, x0, np.empty((*size, *count), dtype), total)
             planes.append(plane.astype(np.float32))
         return np.ascontiguousarray(np.moveaxis(planes[0], 2, 0)) if self._interleaved else np.stack(planes), total
 
     def read_alpha(self, y0: int, x0: int, size: tuple[int, int]) -> tuple[np.ndarray, int]:
         """A block of the extension ALPHA as it stands on disk, uint8 (h, w), and its checksum."""
+        if self.alpha_shape is None:
+            raise ValueError("there is no ALPHA to be read where no alpha_shape was given")
         return self._read_rows(self._alpha_offset, self.alpha_shape, y0, x0, np.empty(size, np.uint8))
 
     def _planes(self) -> list[int]:
@@ -263,7 +270,7 @@ class MosaicWriter:
         self, start: int, size: tuple[int, int], y0: int, x0: int, values: np.ndarray, total: int = 0
     ) -> int:
         """Write (h, w) or (h, w, C) stored values into the plane of `size` that begins at byte `start`."""
-        with self._told():
+        with self._errors_told():
             for offset, piece in _pieces(start, size, y0, x0, values):
                 self._write_at(offset, piece)
         return 0 if self._waiting is None else checksum(values, total)
@@ -272,14 +279,14 @@ class MosaicWriter:
         self, start: int, size: tuple[int, int], y0: int, x0: int, out: np.ndarray, total: int = 0
     ) -> tuple[np.ndarray, int]:
         """Fill `out` from where :meth:`_write_rows` puts it; and the checksum."""
-        with self._told():
+        with self._errors_told():
             for offset, piece in _pieces(start, size, y0, x0, out):
                 self._read_at(offset, piece)
         return out, checksum(out, total)
 
     def _write_at(self, offset: int, data: bytes | np.ndarray) -> None:
         """Write all of `data` at a byte offset; the system may take it in several portions."""
-        view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8))
+        view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
         while len(view):
             if hasattr(os, "pwrite"):
                 done = os.pwrite(self._file.fileno(), view, offset)
@@ -292,7 +299,7 @@ class MosaicWriter:
 
     def _read_at(self, offset: int, out: np.ndarray) -> None:
         """Fill the contiguous array `out` with what stands at a byte offset."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         while len(view):
             with self._lock:
                 self._file.seek(offset)

@@ -3,7 +3,7 @@
 Every message is a tuple ``(key, progress, level, fields)`` of plain values in a queue:
 
 - `Channel` is the queue: what happens to it, or to the window behind it, never harms the run;
-- `Herald` hears the run (it is a callback of `host.progress.Reporter`) and sends what the window understands;
+- `Herald` hears the run (it is a `host.progress.Listener`) and sends what the window understands;
 - `LastState` keeps ``worker_last_state.json``, for a window that wants to know where a process died.
 """
 
@@ -19,10 +19,16 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from zemosaic_pipeline.gui.line_limit import LineLimit
-from zemosaic_pipeline.host.progress import STAGES, TimeLeft, clock_text
+from zemosaic_pipeline.host.progress import (
+    MASTER_TILES_GIVEN,
+    STAGES,
+    TimeLeft,
+    clock_text,
+    stage_count,
+)
 
 BEAT = 1.0
 """Seconds between two STATS_UPDATE, and at least between two writings of the state file."""
@@ -32,7 +38,7 @@ LOCALISED = frozenset(
         "assemble_warn_intertile_photometric_failed",
         "phase5_using_cpu",
         "phase5_using_gpu",
-        "run_info_existing_master_tiles_mode",
+        MASTER_TILES_GIVEN,
         "run_info_phase1_finished",
         "run_info_phase1_started_cache",
         "run_info_phase2_finished",
@@ -48,6 +54,8 @@ LOCALISED = frozenset(
 )
 """Keys that the window translates; a message with another key is sent as its text."""
 FORBIDDEN_FIELDS = frozenset({"key", "default_text", "self"})
+#: Key or text, stage, level or count, fields.
+Message = tuple[str, Any, Any, Mapping[str, Any]]
 LONGEST_TEXT = 2000
 """Characters of one text; below a system's limit for writes that come through whole or not at all."""
 _log = logging.getLogger(__name__)
@@ -80,16 +88,25 @@ def _text(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------- channel
 
 
+class MessageQueue(Protocol):
+    """What is asked of the window's queue (of `queue`, `multiprocessing` or a manager)."""
+
+    def put(self, message: Message, block: bool, timeout: float, /) -> object: ...
+
+
+@runtime_checkable
+class ProcessQueue(MessageQueue, Protocol):
+    """A queue of `multiprocessing`: a thread of this process empties it."""
+
+    def close(self) -> None: ...
+    def join_thread(self) -> None: ...
+    def cancel_join_thread(self) -> None: ...
+
+
 class Channel:
-    """The window's queue, from any thread. No method raises, and none waits long.
+    """The window's queue, from any thread. No method raises, and none waits long."""
 
-    Parameters
-    ----------
-    queue : object
-        Has ``put(message, block, timeout)``.
-    """
-
-    def __init__(self, queue: Any) -> None:
+    def __init__(self, queue: MessageQueue) -> None:
         self._queue = queue
         self._lock = threading.Lock()
         self._open = True
@@ -97,18 +114,18 @@ class Channel:
 
     def send(self, key: str, progress: Any, level: Any, fields: Mapping[str, Any] | None = None) -> None:
         """Send one message; after `close` nothing is sent any more."""
-        message = (_text(key), plain(progress), plain(level), _fields(fields or {}))
+        message = _message(key, progress, level, fields or {})
         with self._lock:
             if self._open:
                 self._put(message)
 
-    def close(self, *last: tuple[Any, ...]) -> None:
+    def close(self, *last: Message) -> None:
         """Send the last messages (each the arguments of `send`) and nothing after them."""
         held = self._lock.acquire(timeout=0.2)  # a thread that is stuck in the queue must not keep the end back
         try:
-            for key, progress, level, fields in last:
+            for message in last:
                 if self._open:
-                    self._put((_text(key), progress, level, _fields(fields)))
+                    self._put(_message(*message))
             self._open = False
         finally:
             if held:
@@ -118,7 +135,7 @@ class Channel:
         """Send nothing any more: nobody is there."""
         self._open = False
 
-    def _put(self, message: tuple[Any, ...]) -> None:
+    def _put(self, message: Message) -> None:
         try:
             # a bounded queue that nobody reads is waited for once
             self._queue.put(message, True, 0.0 if self._full else 0.5)
@@ -134,7 +151,7 @@ class Channel:
 
         The thread behind a queue of `multiprocessing` waits for ever where nobody reads, and so would the process.
         """
-        if not (hasattr(self._queue, "join_thread") and hasattr(self._queue, "cancel_join_thread")):
+        if not isinstance(self._queue, ProcessQueue):
             return
         with suppress(OSError, ValueError):
             self._queue.close()
@@ -145,8 +162,10 @@ class Channel:
                 self._queue.cancel_join_thread()
 
 
-def _fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {_text(name): plain(value) for name, value in fields.items() if name not in FORBIDDEN_FIELDS}
+def _message(key: str, progress: Any, level: Any, fields: Mapping[str, Any]) -> Message:
+    """A message of plain values."""
+    kept = {_text(name): plain(value) for name, value in fields.items() if name not in FORBIDDEN_FIELDS}
+    return _text(key), plain(progress), plain(level), kept
 
 
 # ------------------------------------------------------------------------------------------------------ state file
@@ -179,21 +198,21 @@ class LastState:
             if self.folder is None or (event == "PROGRESS" and now - self._written < BEAT):
                 return
             self._written = now
-            self._write(attempts=1 if event == "PROGRESS" else 3)
+            self._write(self.folder, attempts=1 if event == "PROGRESS" else 3)
 
-    def _write(self, attempts: int) -> None:
+    def _write(self, folder: Path, attempts: int) -> None:
         # Not synced to the disk: it must outlive the process, not the machine.
         text = json.dumps(plain({**self._facts, "pid": os.getpid(), "time": round(time.time(), 3)}), indent=1)
-        part = self.folder / f".{self.NAME}.{os.getpid()}.part"
+        part = folder / f".{self.NAME}.{os.getpid()}.part"
         for attempt in range(attempts):
             try:
                 part.write_text(text + "\n", encoding="utf-8")
-                part.replace(self.folder / self.NAME)
+                part.replace(folder / self.NAME)
                 return
             except OSError:  # on Windows, while the window reads it
                 with suppress(OSError):
                     part.unlink(missing_ok=True)
-                if attempt + 1 < attempts and self.folder.is_dir():
+                if attempt + 1 < attempts and folder.is_dir():
                     time.sleep(0.05)
 
 
@@ -224,13 +243,14 @@ class Herald:
         self._stats: dict[str, Any] = {"phase_index": 0, "phase_name": ""}
         self._stats |= dict.fromkeys(("files_done", "files_total", "tiles_done", "tiles_total"), 0)
 
-    def __call__(self, key: str, progress: Any, level: Any, /, **fields: Any) -> None:
-        """A callback of `host.progress.Reporter`."""
+    def __call__(self, key: str, progress: str | None, level: str | int, /, **fields: Any) -> None:
+        """A `host.progress.Listener`."""
         with self._lock:
-            if key == "STAGE_PROGRESS":
-                self._count(str(progress), int(level), int(fields["total"]))
+            self._time_left(key, progress, level, **fields)
+            if count := stage_count(key, progress, level, fields):
+                self._count(*count)
             else:
-                self._line(key, str(level), dict(fields))
+                self._line(key, str(level), fields)
 
     # ---- stages
 
@@ -260,7 +280,6 @@ class Herald:
 
     def _send_count(self, stage: str, current: int, total: int) -> None:
         self._counts[stage] = (current, total)
-        self._time_left.count(stage, current, total)
         self._channel.send("STAGE_PROGRESS", stage, current, {"total": total})
         if stage == "phase1_scan":
             self._channel.send(f"RAW_FILE_COUNT_UPDATE:{current}/{total}", None, "ETA_LEVEL")
@@ -278,8 +297,7 @@ class Herald:
     # ---- lines
 
     def _line(self, key: str, level: str, fields: dict[str, Any]) -> None:
-        if key == "run_info_existing_master_tiles_mode":
-            self._time_left.skip(("phase1_scan", "phase2_cluster", "phase3_master_tiles"))
+        if key == MASTER_TILES_GIVEN:
             self._count_tiles(int(fields["num_tiles"]), int(fields["num_tiles"]))
         text = fields.pop("text", key)
         limit = self._limits.get(level)

@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zemosaic_pipeline.errors import Cancelled, UsageError, ZeMosaicError
-from zemosaic_pipeline.gui.messages import BEAT, Channel, Herald, LastState
+from zemosaic_pipeline.errors import DONE, ExitStatus, Outcome, UsageError, outcome_of
+from zemosaic_pipeline.gui.messages import BEAT, Channel, Herald, LastState, Message, MessageQueue
 from zemosaic_pipeline.gui.plan import read_plan
 from zemosaic_pipeline.host.folders import remove_temporary
 from zemosaic_pipeline.host.threads import collect_seldom
 from zemosaic_pipeline.phases.frame_plan import FramePlan
+from zemosaic_pipeline.phases.result import Engine
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.settings.values import show, to_bool
 
@@ -40,13 +41,15 @@ GRACE = 2.5
 """Seconds that a stopped run has to end by itself; the window waits 4 s."""
 FLUSH = 2.0
 """Seconds that the last messages have to leave the process, if anybody reads them; after a stop, a fourth of it."""
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 130
+EVENTS = {ExitStatus.DONE: "WORKER_DONE", ExitStatus.INTERRUPTED: "WORKER_CANCELLED"}
+"""What the state file says of an end; of all others it says WORKER_ERROR."""
+STOPPED = Outcome(ExitStatus.INTERRUPTED)
 
 
 # ------------------------------------------------------------------------------------------------------------ stop
 
 
-class StopWatch:
+class StopWatcher:
     """Context manager that hears of a stop whatever the main thread does.
 
     A signal (SIGTERM, Ctrl-C, on Windows also Ctrl-Break) is written by the system's own handler into a socket, which
@@ -78,7 +81,7 @@ class StopWatch:
         self._over = threading.Event()
         self._parent = multiprocessing.parent_process()
 
-    def __enter__(self) -> StopWatch:
+    def __enter__(self) -> StopWatcher:
         self._hear, self._tell = socket.socketpair()
         self._hear.settimeout(self.INTERVAL)
         self._tell.setblocking(False)
@@ -137,21 +140,8 @@ class StopWatch:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its exit status, the event for the state file, and the sentence for a failure."""
-
-    status: int
-    event: str
-    sentence: str = ""
-
-
-DONE = Outcome(EXIT_DONE, "WORKER_DONE")
-STOPPED = Outcome(EXIT_STOPPED, "WORKER_CANCELLED")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a start asks for; ``plan`` is the `phases.frame_plan.FramePlan` of the filter window, if it was used."""
+class StartRequest:
+    """What the window asks for; ``plan`` is what the user arranged in its filter window, if it was used."""
 
     source: Path
     output: Path
@@ -160,7 +150,7 @@ class Order:
     plan: FramePlan | None = None
 
 
-def read_order(args: Sequence[Any], kwargs: Mapping[str, Any], solver_settings: Any = None) -> Order:
+def read_request(args: Sequence[Any], kwargs: Mapping[str, Any], solver_settings: Any = None) -> StartRequest:
     """Understand the arguments of a start.
 
     Raises
@@ -181,7 +171,7 @@ def read_order(args: Sequence[Any], kwargs: Mapping[str, Any], solver_settings: 
             raise UsageError(f"{key} is empty: choose {what}.")
         folders[key] = Path(text)
     refuse_other_modes(mapping, folders["input_dir"])
-    return Order(folders["input_dir"], folders["output_dir"], settings, notes, frame_plan(mapping, settings))
+    return StartRequest(folders["input_dir"], folders["output_dir"], settings, notes, frame_plan(mapping, settings))
 
 
 def frame_plan(mapping: Mapping[str, Any], settings: Settings) -> FramePlan | None:
@@ -233,18 +223,18 @@ class GuiRun:
 
     Parameters
     ----------
-    engine : callable
+    engine : Engine
         ``zemosaic_worker.run_hierarchical_mosaic``.
-    queue : object
-        The window's queue.
+    queue : MessageQueue
+        The window's.
     args, kwargs, solver_settings
         What the window gave.
     """
 
     def __init__(
         self,
-        engine: Callable[..., Any],
-        queue: Any,
+        engine: Engine,
+        queue: MessageQueue,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         solver_settings: Any = None,
@@ -254,8 +244,8 @@ class GuiRun:
         self._channel = Channel(queue)
         self._state = LastState()
         self._herald = Herald(self._channel, self._state)
-        self._order: Order | None = None
-        self._watch = StopWatch(self._give_up)
+        self._request: StartRequest | None = None
+        self._watch = StopWatcher(self._give_up)
         self._ending = threading.Lock()  # taken once, by the thread that ends the run
 
     def run(self) -> int:
@@ -283,25 +273,25 @@ class GuiRun:
         except BaseException as error:  # whatever it is, the window must hear of it
             if self._watch.stopped.is_set():  # what breaks while a run is being stopped is of no interest
                 return STOPPED
-            return failure(error)
+            return outcome_of(error) or program_error(error)
 
     def _work(self) -> None:
         args, kwargs, solver_settings = self._given
         self._state.folder = existing_folder(kwargs.get("output_dir"))
         self._state.note("WORKER_STARTED", phase="start", operation="reading the settings")
-        order = self._order = read_order(args, kwargs, solver_settings)
-        self._state.folder = order.output
+        request = self._request = read_request(args, kwargs, solver_settings)
+        self._state.folder = request.output
         from zemosaic_pipeline.host.telemetry import ResourceMonitor
 
-        with ResourceMonitor(None, BEAT, self._herald.beat, gpu_index=order.settings.gpu_id_phase5):
+        with ResourceMonitor(None, BEAT, self._herald.beat, gpu_index=request.settings.gpu_id_phase5):
             self._engine(
-                order.source,
-                order.output,
+                request.source,
+                request.output,
                 progress_callback=self._herald,
-                settings=order.settings,
-                notes=order.notes,
+                settings=request.settings,
+                notes=request.notes,
                 cancelled=self._watch.stopped.is_set,
-                plan=order.plan,
+                plan=request.plan,
             )
 
     def _say_end(self, outcome: Outcome) -> None:
@@ -309,14 +299,15 @@ class GuiRun:
         if self._watch.orphaned:
             self._channel.abandon()
         self._herald.close()
-        self._state.note(outcome.event, error=outcome.sentence or None)
-        if outcome is DONE:
+        failed = outcome.status in (ExitStatus.FAILED, ExitStatus.UNUSABLE)
+        self._state.note(EVENTS.get(outcome.status, "WORKER_ERROR"), error=outcome.sentence if failed else None)
+        if outcome.status == ExitStatus.DONE:
             self._channel.send("ETA_UPDATE:00:00:00", None, "ETA_LEVEL")
-        last: list[tuple[Any, ...]] = []
-        if outcome is STOPPED:
+        last: list[Message] = []
+        if outcome.status == ExitStatus.INTERRUPTED:
             reason = self._watch.reason or "stopped by the user"
             last.append(("log_key_processing_cancelled", None, "WARN", {"reason": reason}))
-        elif outcome is not DONE:
+        elif failed:
             last.append(("PROCESS_ERROR", None, "ERROR", {"error": outcome.sentence}))
         last += [("CHRONO_STOP_REQUEST", None, "CHRONO_LEVEL", {}), ("PROCESS_DONE", None, "INFO", {})]
         self._channel.close(*last)
@@ -328,33 +319,22 @@ class GuiRun:
         if self._ending.acquire(timeout=0.3):
             self._clean()
             self._say_end(STOPPED)
-        end_process(self._channel, EXIT_STOPPED, FLUSH / 4, self._clean)
+        end_process(self._channel, STOPPED.status, FLUSH / 4, self._clean)
 
     def _clean(self) -> None:
         end_children()
-        if self._order is not None:
-            settings = self._order.settings
-            folders = {self._order.output, Path(settings.coadd_memmap_dir or self._order.output)}
+        if self._request is not None:
+            settings = self._request.settings
+            folders = {self._request.output, Path(settings.coadd_memmap_dir or self._request.output)}
             remove_temporary(folders, settings.cleanup_temp_artifacts)
 
 
-def failure(error: BaseException) -> Outcome:
-    """What an exception of the run means to the user; a programming error shows its traceback on standard error."""
-    if isinstance(error, Cancelled | KeyboardInterrupt):
-        return STOPPED
-    if isinstance(error, ZeMosaicError):
-        status = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
-        return Outcome(status, "WORKER_ERROR", str(error))
-    if isinstance(error, MemoryError):
-        sentence = "there is not enough memory: set a smaller memory_budget, or fewer num_processing_workers"
-        return Outcome(EXIT_FAILED, "WORKER_ERROR", sentence)
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "zemosaic").startswith("zemosaic"):
-        sentence = f"the Python package {error.name} is missing: install zemosaic-worker with pip (see README)"
-        return Outcome(EXIT_FAILED, "WORKER_ERROR", sentence)
+def program_error(error: BaseException) -> Outcome:
+    """The end by an error in the program; its traceback goes to standard error."""
     if sys.stderr is not None:  # a program without a console has none
         traceback.print_exception(error)
     sentence = f"an error in the program ({type(error).__name__}: {error}): zemosaic_worker.log holds what to report"
-    return Outcome(EXIT_FAILED, "WORKER_ERROR", sentence)
+    return Outcome(ExitStatus.FAILED, sentence)
 
 
 def existing_folder(value: Any) -> Path | None:
@@ -395,8 +375,8 @@ def end_process(channel: Channel, status: int, seconds: float, last: Callable[[]
 
 
 def serve(
-    engine: Callable[..., Any],
-    queue: Any,
+    engine: Engine,
+    queue: MessageQueue,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     solver_settings: Any = None,

@@ -1,4 +1,4 @@
-"""What surrounds a run: its folders, its log, temporary files, the machine's threads, the program's version."""
+"""What surrounds a run: its output folder, its log, temporary files, the program's version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from zemosaic_pipeline.errors import UsageError, ZeMosaicError
+from zemosaic_pipeline.errors import UsageError, outcome_of
 from zemosaic_pipeline.files import not_written
 from zemosaic_pipeline.settings.settings import SETTINGS, Settings
 
@@ -26,19 +26,6 @@ SCRATCH_PREFIX = ".zemosaic_tmp_"
 UNFINISHED = re.compile(r"\.(zemosaic_|run_report|resource_telemetry|worker_last_state).*\.\d+\.part")
 #: Where Windows locks the log, far beyond its end.
 LOCKED_BYTE = 1 << 30
-
-
-def usable_input(folder: Path, settings: Settings) -> Path:
-    """The input folder, proved readable before anything is made.
-
-    Raises
-    ------
-    UsageError
-    """
-    from zemosaic_pipeline.fits.find import require_folder
-
-    require_folder(folder)
-    return folder
 
 
 def prepare_output(folder: Path) -> Path:
@@ -66,7 +53,7 @@ class LogHandler(logging.FileHandler):
 
 
 @contextmanager
-def log_file(path: Path, level: str):
+def log_file(path: Path, level: str) -> Iterator[logging.Logger]:
     """A logger that writes this run's log file, and nothing after.
 
     The log is the sign that a run is at work in its folder: see :func:`only_run`.
@@ -88,15 +75,12 @@ def _logger(path: Path, level: str) -> Iterator[logging.Logger]:
     logger.addHandler(handler)
     try:
         yield logger
-    except ZeMosaicError as error:
-        logger.error("%s", error)
-        logger.debug("%s", traceback.format_exc())
-        raise
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        raise
-    except BaseException:
-        logger.critical("%s", traceback.format_exc())
+    except BaseException as error:
+        if (outcome := outcome_of(error)) is None:
+            logger.critical("%s", traceback.format_exc())
+        else:
+            logger.error("%s", outcome.sentence)
+            logger.debug("%s", traceback.format_exc())
         raise
     finally:
         with suppress(OSError):  # what is left to write of the log, on a full disk
@@ -164,7 +148,7 @@ def log_start(logger: logging.Logger, source: Path, output: Path, settings: Sett
 
 
 @contextmanager
-def scratch_folder(output: Path, settings: Settings):
+def scratch_folder(output: Path, settings: Settings) -> Iterator[Path]:
     """A folder for temporary files, removed at the end whatever happened."""
     parent = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else output
     # runs into other folders may be at work in the same parent; one into this folder was killed

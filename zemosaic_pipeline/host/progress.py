@@ -2,8 +2,7 @@
 
 A message has a key (localisable by a graphical interface, may be empty), an English text, a level and fields. Stage
 counts are limited to ten a second at the source, and never fall: work that is done again, because a GPU gave up, goes
-unseen until it is further than before. `LineLimit` bounds lines for a listener that must not be flooded, and
-`TimeLeft` tells from the counts how long the run will take.
+unseen until it is further than before. `TimeLeft` tells from the counts how long the run will take.
 """
 
 from __future__ import annotations
@@ -12,9 +11,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+
+from zemosaic_pipeline.errors import Notice
 
 LEVELS = {"INFO": logging.INFO, "SUCCESS": logging.INFO, "WARN": logging.WARNING, "ERROR": logging.ERROR}
 #: Number of the phase, what is done in it, and what is counted.
@@ -28,8 +29,34 @@ STAGES = {
     "phase6": (6, "saving", "file"),
     "phase7": (7, "cleaning up", "step"),
 }
+#: Stages that a run on given master tiles does not have, or not at their usual cost.
+RAW_STAGES = ("phase1_scan", "phase2_cluster", "phase3_master_tiles")
+#: The message that says that it is such a run.
+MASTER_TILES_GIVEN = "run_info_existing_master_tiles_mode"
 SECONDS_BETWEEN_COUNTS = 0.1
-Callback = Callable[..., Any]
+
+
+class Listener(Protocol):
+    """Whoever hears what a run says, in any thread, one message at a time.
+
+    A line comes as ``(key or text, None, level, text=text, **fields)`` with a level of `LEVELS`, a count as
+    ``("STAGE_PROGRESS", stage, current, total=total)``, which `stage_count` reads.
+    """
+
+    def __call__(self, key: str, progress: str | None, level: str | int, /, **fields: Any) -> object: ...
+
+
+class StageCount(NamedTuple):
+    """So many of the things that a stage counts are done."""
+
+    stage: str
+    current: int
+    total: int
+
+
+def stage_count(key: str, progress: str | None, level: str | int, fields: Mapping[str, Any]) -> StageCount | None:
+    """The count that a message to a `Listener` holds; None for a line."""
+    return StageCount(str(progress), int(level), int(fields["total"])) if key == "STAGE_PROGRESS" else None
 
 
 class Reporter:
@@ -38,29 +65,31 @@ class Reporter:
     Parameters
     ----------
     logger : logging.Logger
-    callbacks : callables
-        Each is called as ``callback(key_or_text, progress, level, **fields)``: log messages with ``progress`` None;
-        counts as ``("STAGE_PROGRESS", stage, current, total=total)``.
+    callbacks : Listener
+        As many as there are.
 
     Attributes
     ----------
-    warnings : list of str
-        Every warning so far, for the end of the output and the report.
+    warnings : list of Notice
+        Every warning so far.
     """
 
-    def __init__(self, logger: logging.Logger, *callbacks: Callback) -> None:
+    def __init__(self, logger: logging.Logger, *callbacks: Listener) -> None:
         self.logger = logger
         self.callbacks = list(callbacks)
-        self.warnings: list[str] = []
+        self.warnings: list[Notice] = []
         self._counts: dict[str, int] = {}
         self._last = 0.0
         self._lock = threading.RLock()  # stages count in many threads; the listeners hear one message at a time
 
-    def say(self, level: str, key: str, text: str, **fields: Any) -> None:
-        """One message; ``text`` goes to the log, the key (or the text where there is none) to the listeners."""
+    def say(self, level: str, key: str, text: str, *, kind: str = "", subject: str = "", **fields: Any) -> None:
+        """One message; ``text`` goes to the log, the key (or the text where there is none) to the listeners.
+
+        ``kind`` and ``subject`` of a warning are those of `errors.Notice`; listeners do not hear them.
+        """
         with self._lock:
             if level == "WARN":
-                self.warnings.append(text)
+                self.warnings.append(Notice(text, kind, subject))
             self.logger.log(LEVELS[level], "%s", text)
             for callback in self.callbacks:
                 callback(key or text, None, level, **{"text": text, **fields})
@@ -68,8 +97,13 @@ class Reporter:
     def info(self, key: str, text: str, **fields: Any) -> None:
         self.say("INFO", key, text, **fields)
 
-    def warn(self, key: str, text: str, **fields: Any) -> None:
-        self.say("WARN", key, text, **fields)
+    def warn(self, key: str, text: str, *, kind: str = "", subject: str = "", **fields: Any) -> None:
+        self.say("WARN", key, text, kind=kind, subject=subject, **fields)
+
+    @property
+    def warning_texts(self) -> list[str]:
+        """The texts of all warnings so far, for the report."""
+        return [warning.text for warning in self.warnings]
 
     def stage(self, stage: str, current: int, total: int) -> None:
         """Count of a stage; the first and the last always get through."""
@@ -108,7 +142,7 @@ class TimeLeft:
     The stage in hand is extrapolated by its own pace (the more of it is done, the less its share counts); those to
     come take their `STAGE_SHARES` at the pace of what is behind. The answer runs down with the clock and is drawn
     towards the estimate, so that it does not jump where a stage turns out longer. Nothing is told before 2 s and 2 %
-    of the run have passed.
+    of the run have passed. It may be used from several threads.
 
     Parameters
     ----------
@@ -120,38 +154,51 @@ class TimeLeft:
         self._clock = clock
         self._began = clock()
         self._to_come = dict(STAGE_SHARES)
-        self._seen: dict[str, _StageTime] = {}
+        self._begun: dict[str, _StageTime] = {}
         self._skipped: set[str] = set()
         self._shown: float | None = None
         self._shown_at = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, key: str, progress: str | None, level: str | int, /, **fields: Any) -> None:
+        """A `Listener`: counts, and the message that the run has no `RAW_STAGES`."""
+        if count := stage_count(key, progress, level, fields):
+            self.count(*count)
+        elif key == MASTER_TILES_GIVEN:
+            self.skip(RAW_STAGES)
 
     def count(self, stage: str, current: int, total: int) -> None:
         """``current`` of ``total`` of a stage are done; a stage that begins ends those before it."""
-        now = self._clock()
-        if stage not in self._seen:
-            for name in list(self._to_come):
-                if list(STAGE_SHARES).index(name) <= list(STAGE_SHARES).index(stage):
-                    del self._to_come[name]
-            self._finish_current(now)
-            self._seen[stage] = _StageTime(now)
-        entry = self._seen[stage]
-        entry.fraction = min(current / total, 1.0) if total > 0 else 0.0
-        entry.seconds = now - entry.began
+        with self._lock:
+            now = self._clock()
+            if stage not in self._begun:
+                self._begin(stage, now)
+            entry = self._begun[stage]
+            entry.fraction = min(current / total, 1.0) if total > 0 else 0.0
+            entry.seconds = now - entry.began
+
+    def _begin(self, stage: str, now: float) -> None:
+        order = list(STAGE_SHARES)
+        for name in order[: order.index(stage) + 1]:
+            self._to_come.pop(name, None)
+        self._finish_current(now)
+        self._begun[stage] = _StageTime(now)
 
     def skip(self, stages: Iterable[str]) -> None:
         """Leave stages out of account, done or not: this run does not have them, or not at their usual cost."""
-        for name in stages:
-            self._skipped.add(name)
-            self._to_come.pop(name, None)
+        with self._lock:
+            for name in stages:
+                self._skipped.add(name)
+                self._to_come.pop(name, None)
 
     def _finish_current(self, now: float) -> None:
-        if self._seen:
-            last = self._seen[next(reversed(self._seen))]
+        if self._begun:
+            last = self._begun[next(reversed(self._begun))]
             last.seconds, last.fraction = now - last.began, 1.0
 
     def _estimate(self, now: float) -> float | None:
         """Seconds left by the counts alone; None as long as there is too little to tell from."""
-        counted = {name: entry for name, entry in self._seen.items() if name not in self._skipped}
+        counted = {name: entry for name, entry in self._begun.items() if name not in self._skipped}
         if not counted:
             return None
         name, stage = next(reversed(counted.items()))
@@ -185,23 +232,24 @@ class TimeLeft:
 
     def seconds(self) -> float | None:
         """Seconds left, or None as long as nobody can know."""
-        now = self._clock()
-        estimate = self._estimate(now)
-        if estimate is None or now - self._began < 2:
-            return self._shown if self._shown is None else self._count_down(now)
+        with self._lock:
+            now = self._clock()
+            self._shown = self._drawn_to(self._estimate(now), now)
+            self._shown_at = now
+            return self._shown
+
+    def _drawn_to(self, estimate: float | None, now: float) -> float | None:
+        """What was shown, run down with the clock and drawn towards the estimate."""
+        if now - self._began < 2:
+            estimate = None
         if self._shown is None:
-            self._shown, self._shown_at = estimate, now
             return estimate
         elapsed = now - self._shown_at
-        self._count_down(now)
+        shown = max(0.0, self._shown - elapsed)
+        if estimate is None:
+            return shown
         inertia = min(max(0.05 * estimate, 1.0), 10.0)  # seconds
-        self._shown += (estimate - self._shown) * -math.expm1(-elapsed / inertia)
-        return self._shown
-
-    def _count_down(self, now: float) -> float:
-        self._shown = max(0.0, self._shown - (now - self._shown_at))
-        self._shown_at = now
-        return self._shown
+        return shown + (estimate - shown) * -math.expm1(-elapsed / inertia)
 
 
 def clock_text(seconds: float) -> str:

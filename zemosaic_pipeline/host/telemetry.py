@@ -4,6 +4,11 @@
 `PhaseClock` sums up by phase for ``run_report.json``. Megabytes are 2**20 bytes, as the GUI shows them. What cannot be
 measured is left empty and never ends a run: without psutil the processor and memory columns, without NVIDIA's
 management library (NVML) the GPU's. NVML needs the driver alone, no CUDA context.
+
+Three columns that the GUI's program defines are empty on purpose, since nothing in this worker has their meaning:
+``rows_per_chunk`` and ``gpu_rows_per_chunk`` (blocks are rectangles, cut to the tiles that they see, not strips of so
+many rows) and ``gpu_max_chunk_bytes`` (what a block may take of the card follows from the memory that is free on it
+when a step begins). ``max_chunk_bytes`` is the memory budget.
 """
 
 from __future__ import annotations
@@ -17,24 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from zemosaic_pipeline.host.progress import STAGES
-
-
-def telemetry_feed(monitor: Any) -> Callable[..., None]:
-    """A listener that tells the monitor where the run stands."""
-    counted = {"phase1_scan": "files", "phase5_intertile": "tiles"}
-
-    def listen(key: str, progress: Any, level: Any, **fields: Any) -> None:
-        if key == "STAGE_PROGRESS":
-            monitor.update(phase_index=STAGES[progress][0], phase_name=progress)
-            if kind := counted.get(progress):
-                monitor.update(**{f"{kind}_done": level, f"{kind}_total": fields["total"]})
-
-    return listen
-
+from zemosaic_pipeline.host.progress import STAGES, Listener, TimeLeft, stage_count
 
 CSV_COLUMNS: tuple[str, ...] = (
     "timestamp_iso",
@@ -102,10 +95,7 @@ class RunState:
     eta_seconds: float | None = None
     gpu_backend: str | None = None
     cpu_workers: int | None = None
-    rows_per_chunk: int | None = None
-    gpu_rows_per_chunk: int | None = None
     max_chunk_bytes: int | None = None
-    gpu_max_chunk_bytes: int | None = None
     use_gpu: bool | None = None
     use_gpu_phase5: bool | None = None
 
@@ -133,10 +123,10 @@ class _HostProbe:
     """Processor and memory, through psutil; loads are means since the last call."""
 
     def __init__(self) -> None:
+        self._psutil: ModuleType | None = None
         try:
             import psutil
         except ImportError:  # beside an older program it may be missing; the run does not need it
-            self._psutil = None
             return
         self._psutil = psutil
         self._process = psutil.Process()
@@ -144,16 +134,17 @@ class _HostProbe:
         self._loads: dict[str, float] = {}
         self.sample()  # the loads count from here
 
-    def _clocks(self) -> tuple[float, float, float, float]:
+    @staticmethod
+    def _clocks(psutil: ModuleType) -> tuple[float, float, float, float]:
         """Return seconds on the wall, of this process, of the machine busy and in all."""
-        times = self._psutil.cpu_times()
+        times = psutil.cpu_times()
         guests = getattr(times, "guest", 0) + getattr(times, "guest_nice", 0)  # Linux counts them as user's too
         total = sum(times) - guests
         busy = total - times.idle - getattr(times, "iowait", 0)
         return time.monotonic(), time.process_time(), busy, total
 
-    def _measure_loads(self) -> None:
-        now = self._clocks()
+    def _measure_loads(self, psutil: ModuleType) -> None:
+        now = self._clocks(psutil)
         wall, process, busy, total = (b - a for a, b in zip(self._last or now, now, strict=True))
         if wall >= _SHORTEST_LOAD and total > 0:
             machine = min(max(100 * busy / total, 0.0), 100.0)
@@ -166,7 +157,7 @@ class _HostProbe:
         if self._psutil is None:
             return {}
         try:
-            self._measure_loads()
+            self._measure_loads(self._psutil)
             memory = self._psutil.virtual_memory()
             rss = self._process.memory_info().rss
         except (self._psutil.Error, OSError):  # a locked-down system hides its counters
@@ -182,11 +173,11 @@ class _HostProbe:
 class _GpuProbe:
     """One card through NVML; no card, no driver or no library: empty samples, and no second try."""
 
-    def __init__(self, index: int | str, nvml: Any = None) -> None:
-        self._nvml = None
+    def __init__(self, index: int | str, nvml: ModuleType | None = None) -> None:
+        self._nvml: ModuleType | None = None
         if nvml is None:
             try:
-                import pynvml as nvml
+                nvml = import_module("pynvml")
             except ImportError:
                 return
         try:
@@ -312,7 +303,7 @@ class ResourceMonitor:
         *,
         gpu_index: int | str = 0,
         warn: Callable[[str], object] | None = None,
-        nvml: Any = None,
+        nvml: ModuleType | None = None,
     ) -> None:
         if not interval_sec > 0:
             raise ValueError(f"a sampling interval of {interval_sec} s is not above 0")
@@ -323,6 +314,7 @@ class ResourceMonitor:
         self._warn = warn or _log.warning
         self._nvml = nvml
         self._state = RunState()
+        self._sources: list[Callable[[], dict[str, Any]]] = []
         self._observers: list[Callable[[dict[str, Any]], object]] = []
         self._lock = threading.Lock()  # of the state and the observers; never held while something is measured
         self._sampling = threading.Lock()
@@ -369,6 +361,11 @@ class ResourceMonitor:
             state = replace(self._state, **{name: _plain(value) for name, value in fields.items()})
             self._state = replace(state, phase_index=int(state.phase_index))
 
+    def add_source(self, source: Callable[[], dict[str, Any]]) -> None:
+        """Have `source` asked before every sample for fields of `update` that change by themselves."""
+        with self._lock:
+            self._sources.append(source)
+
     def add_observer(self, observer: Callable[[dict[str, Any]], object]) -> None:
         """Have `observer` called with every full sample: the CSV's row, ``process_cpu_percent``, ``process_rss_mb``."""
         with self._lock:
@@ -385,7 +382,11 @@ class ResourceMonitor:
 
     def _sample(self) -> dict[str, Any]:
         with self._lock:
-            state, observers = self._state, tuple(self._observers)
+            sources, observers = tuple(self._sources), tuple(self._observers)
+        for source in sources:
+            self.update(**source())
+        with self._lock:
+            state = self._state
         row = {"timestamp_iso": datetime.now(UTC).isoformat(timespec="milliseconds")}
         row |= asdict(state) | self._host.sample() | self._gpu.sample()
         self._csv.write(row)
@@ -404,6 +405,22 @@ class ResourceMonitor:
                 self._error = error
                 return
             wait = self._interval
+
+
+def telemetry_feed(monitor: ResourceMonitor, time_left: TimeLeft | None = None) -> Listener:
+    """A listener that tells the monitor where the run stands, and how long it will take."""
+    time_left = time_left or TimeLeft()
+    monitor.add_source(lambda: {"eta_seconds": time_left.seconds()})
+    counted = {"phase1_scan": "files", "phase5_intertile": "tiles"}
+
+    def listen(key: str, progress: str | None, level: str | int, /, **fields: Any) -> None:
+        time_left(key, progress, level, **fields)
+        if count := stage_count(key, progress, level, fields):
+            monitor.update(phase_index=STAGES[count.stage][0], phase_name=count.stage)
+            if kind := counted.get(count.stage):
+                monitor.update(**{f"{kind}_done": count.current, f"{kind}_total": count.total})
+
+    return listen
 
 
 # ------------------------------------------------------------------------------------------------------- phases

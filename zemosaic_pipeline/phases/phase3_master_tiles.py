@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from astropy.io import fits
 
-from zemosaic_photometry import TileWarning
 from zemosaic_pipeline.arrays import Rect
-from zemosaic_pipeline.errors import UsageError
+from zemosaic_pipeline.errors import Notice, UsageError
 from zemosaic_pipeline.files import file_digest, not_written, pack, unpack
 from zemosaic_pipeline.fits.admission import MASTER_TILES
 from zemosaic_pipeline.fits.tile import Tile, open_tile
@@ -243,16 +242,16 @@ def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, pixe
     return True
 
 
-def tell(run: Run, number: int, warnings: Sequence[TileWarning]) -> None:
+def tell(run: Run, number: int, warnings: Sequence[Notice]) -> None:
     """The warnings of a panel: those of one kind are one, and the log holds all."""
-    kinds: dict[str, list[TileWarning]] = {}
+    kinds: dict[str, list[Notice]] = {}
     for warning in warnings:
         kinds.setdefault(warning.kind, []).append(warning)
     for first, *more in kinds.values():
         rest = f" (and {len(more)} more of this kind: see the log)" if more else ""
-        run.reporter.warn("", f"panel {number}: {first}{rest}")
+        run.reporter.warn("", f"panel {number}: {first.text}{rest}", kind=first.kind, subject=first.subject)
         for warning in more:
-            run.reporter.info("", f"panel {number}: {warning}")
+            run.reporter.info("", f"panel {number}: {warning.text}")
 
 
 def sharper_first(settings: Settings, scene: Scene, frames: dict[str, SolvedFrame]) -> Scene:

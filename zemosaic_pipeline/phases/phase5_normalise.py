@@ -67,7 +67,7 @@ def normalise(run: Run, grid: OutputGrid, tiles: Sequence[SurveyedTile], pixels:
     scene = matched(run.tools, grid, tiles, pixels)
     run.aside += scene.left_out
     for warning in scene.solution.warnings:
-        run.reporter.warn("", str(warning))
+        run.reporter.warn("", warning.text, kind=warning.kind, subject=warning.subject)
     if wants_solution(run.settings):
         count = len(scene.measured)
         run.reporter.info(

@@ -57,7 +57,7 @@ def describe(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Output
         "frames": list(run.frames.values()),
         "islands": int(scene.solution.component.max()) + 1,
         "set_aside": [asdict(item) for item in run.aside],
-        "warnings": run.reporter.warnings,
+        "warnings": run.reporter.warning_texts,
         "settings": asdict(run.settings),
         "versions": versions(),
     }

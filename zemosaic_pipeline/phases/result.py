@@ -1,7 +1,8 @@
-"""What a run gives."""
+"""What a run gives, and what is called for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,3 +27,7 @@ class MosaicResult:
     preview: Path
     report_path: Path
     report: dict[str, Any]
+
+
+Engine = Callable[..., MosaicResult]
+"""`zemosaic_worker.run_hierarchical_mosaic`, as the entrances are handed it."""

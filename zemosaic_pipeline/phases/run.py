@@ -101,7 +101,7 @@ class Run:
     def set_aside(self, name: str, reason: str) -> None:
         """One input less, with its named warning; ``reason`` is what is true of it ("is empty")."""
         self.aside.append(SetAside(name, reason))
-        self.reporter.warn("", f"{name} is set aside: it {reason}")
+        self.reporter.warn("", f"{name} is set aside: it {reason}", kind="set_aside", subject=name)
 
     def set_frame_aside(self, name: str, reason: str) -> None:
         """One frame less, with its warning and its line in the report."""

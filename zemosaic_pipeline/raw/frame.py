@@ -18,7 +18,8 @@ from astropy.wcs import WCS
 
 from zemosaic_pipeline.arrays import page_array
 from zemosaic_pipeline.fits.headers import frame_count
-from zemosaic_pipeline.fits.tile import StoredImage, Tile, _Pixels, _Rows, open_image
+from zemosaic_pipeline.fits.rows import Pixels, RowReader
+from zemosaic_pipeline.fits.tile import StoredImage, Tile, open_image
 from zemosaic_pipeline.raw.calibration import Calibration, Correction
 from zemosaic_pipeline.raw.header import Facts, read_facts, red_position, stored_pattern
 
@@ -33,7 +34,7 @@ _ROUNDING = 0.3
 class _SensorRows:
     """Rows of a sensor, calibrated, repaired and debayered: float32 (3, rows, W), or (1, rows, W) without filters."""
 
-    rows: _Rows
+    rows: RowReader
     shape: tuple[int, int]
     correction: Correction | None
     red: tuple[int, int] | None
@@ -110,7 +111,7 @@ class Frame:
         (H, W).
     channels : int
         3 (R, G, B), or 1.
-    pixels : _Pixels
+    pixels : Pixels
         Row reader and mask, as in `Tile`.
     header : Header
         Of the image's HDU.
@@ -140,7 +141,7 @@ class Frame:
     path: Path
     shape: tuple[int, int]
     channels: int
-    pixels: _Pixels = field(repr=False)
+    pixels: Pixels = field(repr=False)
     header: fits.Header = field(repr=False)
     wcs: WCS | None
     raw: bool

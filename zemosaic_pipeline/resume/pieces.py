@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 from typing import Any
 
 import numpy as np
 from astropy.io import fits
 
-from zemosaic_photometry import PhotometricSolution, TileWarning
+from zemosaic_photometry import PhotometricSolution
+from zemosaic_pipeline.errors import Notice
 from zemosaic_pipeline.files import pack, unpack
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.overlaps.pairs import PairRelation
@@ -115,7 +116,7 @@ def packed_solution(solution: PhotometricSolution) -> bytes:
     pairs = own.pop("pairs")
     for field in fields(PairRelation):
         own[f"pair {field.name}"] = np.array([getattr(pair, field.name) for pair in pairs])
-    return pack({**own, "warnings": [list(vars(warning).values()) for warning in solution.warnings]})
+    return pack({**own, "warnings": [astuple(warning) for warning in solution.warnings]})
 
 
 def unpacked_solution(data: bytes) -> PhotometricSolution:
@@ -123,7 +124,7 @@ def unpacked_solution(data: bytes) -> PhotometricSolution:
     columns = {f.name: found.pop(f"pair {f.name}") for f in fields(PairRelation)}
     columns |= {name: columns[name].tolist() for name in ("i", "j", "samples")}  # whole numbers
     pairs = [PairRelation(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
-    found["warnings"] = tuple(TileWarning(*words) for words in found["warnings"])
+    found["warnings"] = tuple(Notice(*words) for words in found["warnings"])
     return PhotometricSolution(**found, pairs=tuple(pairs))
 
 

@@ -186,7 +186,8 @@ class Truth:
         """Pixels x, y (n,) and fluxes (n, 3) of the stars on and close around a pixel grid."""
         height, width = shape
         centre = wcs.pixel_to_world_values((width - 1) / 2, (height - 1) / 2)
-        corners = gnomonic(*wcs.pixel_to_world_values([0, 0, width - 1, width - 1], [0, height - 1] * 2), centre)
+        ra, dec = wcs.pixel_to_world_values([0, 0, width - 1, width - 1], [0, height - 1] * 2)
+        corners = gnomonic(ra, dec, centre)
         # far from the grid a distortion has no inverse
         near = np.hypot(*gnomonic(self.ra, self.dec, centre)) < 1.05 * np.hypot(*corners).max()
         return *wcs.world_to_pixel_values(self.ra[near], self.dec[near]), self.flux[near]
@@ -381,7 +382,8 @@ def _trail(night: Night, rng: np.random.Generator) -> Trail:
     height, width = night.shape
     a, b = rng.uniform(0.15, 0.85, 2)
     ends = (0, a * height, width - 1, b * height) if rng.uniform() < 0.5 else (a * width, 0, b * width, height - 1)
-    return Trail(*(float(e) for e in ends), float(rng.uniform(300, 1500)), float(rng.uniform(1.2, 2.0)))
+    x0, y0, x1, y1 = map(float, ends)
+    return Trail(x0, y0, x1, y1, peak=float(rng.uniform(300, 1500)), sigma=float(rng.uniform(1.2, 2.0)))
 
 
 # ---- the pixels
@@ -441,7 +443,9 @@ def _distance(trail: Trail, shape: tuple[int, int]) -> np.ndarray:
     return (dy * (x[None, :] - trail.x0) - dx * (y[:, None] - trail.y0)) / np.hypot(dx, dy)
 
 
-def _add_stars(image: np.ndarray, x: np.ndarray, y: np.ndarray, flux: np.ndarray, fwhm: float, channel: np.ndarray):
+def _add_stars(
+    image: np.ndarray, x: np.ndarray, y: np.ndarray, flux: np.ndarray, fwhm: float, channel: np.ndarray
+) -> None:
     """Add Moffat stars to an image (H, W) in place; pixel (i, j) sees ``flux[:, channel[i % 2, j % 2]]``."""
     alpha = fwhm / FWHM_OVER_ALPHA
     peak = 3 * flux.max(axis=1) / (np.pi * alpha**2)
