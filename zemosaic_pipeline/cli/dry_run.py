@@ -25,6 +25,7 @@ from zemosaic_pipeline.raw.frame import Frame
 from zemosaic_pipeline.raw.solved import OnTheSky
 from zemosaic_pipeline.resample.output_grid import choose_output_grid
 from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.sky import tangent_plane
 
 #: Seconds of one core for a megapixel of a raw frame (reading, stars, comparison, stacking), for one frame in the
 #: solver, and for a megapixel of tiles in the mosaic. Measured on one machine in 2026: right within a factor of three.
@@ -164,11 +165,7 @@ def pointed_at(frame: Frame) -> Pointed | None:
         return Pointed(frame, frame.wcs)
     if frame.ra is None or frame.dec is None or frame.scale is None:
         return None
-    wcs = WCS(naxis=2)
-    wcs.wcs.ctype = "RA---TAN", "DEC--TAN"
-    wcs.wcs.crval = frame.ra, frame.dec
-    wcs.wcs.crpix = (frame.shape[1] + 1) / 2, (frame.shape[0] + 1) / 2
-    wcs.wcs.cdelt = -frame.scale / 3600, frame.scale / 3600
+    wcs = tangent_plane(frame.ra, frame.dec, frame.scale / 3600, frame.shape)
     wcs.pixel_shape = frame.shape[::-1]
     return Pointed(frame, wcs)
 

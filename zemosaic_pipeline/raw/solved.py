@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from astropy.wcs import WCS
 
 from zemosaic_pipeline.raw.frame import Frame
 from zemosaic_pipeline.resample.survey import TileSurvey
+from zemosaic_pipeline.sky import icrs_centre
 from zemosaic_pipeline.stars.detection import Stars
 
 
@@ -35,12 +37,10 @@ class OnTheSky:
     def name(self) -> str:
         return self.frame.name
 
-    @property
+    @cached_property
     def centre(self) -> tuple[float, float]:
-        """Right ascension and declination of the frame's middle in degrees."""
-        height, width = self.frame.shape
-        sky = self.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
-        return float(sky.ra.deg), float(sky.dec.deg)
+        """Right ascension and declination of the frame's middle in degrees, ICRS."""
+        return icrs_centre(self.wcs, self.frame.shape)
 
     @property
     def orientation(self) -> float:
