@@ -31,16 +31,16 @@ def unit_vectors(ra: ArrayLike, dec: ArrayLike) -> np.ndarray:
     return np.stack([np.cos(d) * np.cos(a), np.cos(d) * np.sin(a), np.sin(d)], axis=-1)
 
 
-def direction_of(vector: ArrayLike) -> tuple[float, float]:
-    """Return right ascension and declination of a vector (3,) of any length but 0."""
-    x, y, z = np.asarray(vector, float)
-    ra, dec = np.degrees([np.arctan2(y, x) % (2 * np.pi), np.arctan2(z, np.hypot(x, y))])
-    return float(ra), float(dec)
+def directions_of(vectors: ArrayLike) -> np.ndarray:
+    """Return right ascension and declination, float64 (..., 2), of vectors (..., 3) of any length but 0."""
+    x, y, z = np.moveaxis(np.asarray(vectors, float), -1, 0)
+    return np.degrees(np.stack([np.arctan2(y, x) % (2 * np.pi), np.arctan2(z, np.hypot(x, y))], axis=-1))
 
 
 def median_direction(directions: np.ndarray) -> tuple[float, float]:
     """Return the direction of the median unit vector of directions (N, 2)."""
-    return direction_of(np.median(unit_vectors(*directions.T), axis=0))
+    ra, dec = directions_of(np.median(unit_vectors(*directions.T), axis=0))
+    return float(ra), float(dec)
 
 
 def most_central(directions: np.ndarray) -> tuple[float, float]:

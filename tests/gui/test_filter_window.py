@@ -6,25 +6,15 @@ import numpy as np
 import pytest
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
-from astropy.wcs import WCS
 from hypothesis import given
 
 from scenes.pointings import few, separations, skies
+from scenes.star_fields import make_wcs
 from zemosaic_pipeline.gui.filter_window import (
     _auto_split_groups,
     _compute_max_angular_separation_deg,
     cluster_seestar_stacks_connected,
 )
-
-
-def make_wcs(ra, dec, angle=0.0, shape=(1920, 1080)):
-    wcs = WCS(naxis=2)
-    wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
-    wcs.wcs.crval, wcs.wcs.crpix = (ra, dec), ((shape[1] + 1) / 2, (shape[0] + 1) / 2)
-    c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    wcs.wcs.cd = 0.00066 * np.array([[-c, s], [s, c]])
-    wcs.array_shape = shape
-    return wcs
 
 
 def test_positions_are_read_wherever_they_stand():
@@ -57,7 +47,7 @@ def test_the_filter_window_splits_by_orientation_of_the_wcs():
 
 def test_the_filter_window_cuts_a_scan_into_fields():
     scan = [{"path": f"{k:03d}", "wcs": make_wcs(ra, 0.0)} for k, ra in enumerate(np.linspace(0, 1.4, 141))]
-    sides = 0.00066 * 1080 / 2
+    sides = 2.39 / 3600 * 1080 / 2
     groups = cluster_seestar_stacks_connected(scan, 0.03, None)
     assert len(groups) == int(np.ceil(1.4 / sides))
 

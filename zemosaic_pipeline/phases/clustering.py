@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from zemosaic_pipeline.arrays import connected_groups
-from zemosaic_pipeline.sky import chord, direction_of, unit_vectors
+from zemosaic_pipeline.sky import chord, directions_of, unit_vectors
 
 AUTO_CAP = 400
 """Frames of a panel where the limit is left open: the same on every machine, so that the panels are.
@@ -308,6 +308,8 @@ def _along_longest(points: np.ndarray) -> np.ndarray:
 
 
 def _cut_to_extent(group: np.ndarray, xyz: np.ndarray, limit: float) -> list[np.ndarray]:
+    if len(group) == 1:  # most groups of the whole sky
+        return [group]
     done, open_ = [], [group]
     while open_:
         part = open_.pop()
@@ -347,9 +349,7 @@ def split_to_cap(group: np.ndarray, xyz: np.ndarray, cap: int, min_cap: int, sam
 
 def by_position(groups: Sequence[np.ndarray], xyz: np.ndarray) -> list[np.ndarray]:
     """Return groups of places (N, 3) by right ascension and declination of their centres."""
-
-    def key(group: np.ndarray) -> tuple[float, float, int]:
-        ra, dec = direction_of(xyz[group].mean(axis=0))
-        return round(ra, 6) % 360, round(dec, 6), int(group[0])
-
-    return sorted(groups, key=key)
+    centres = np.array([xyz[group].mean(axis=0) for group in groups]).reshape(-1, 3)
+    ra, dec = np.round(directions_of(centres), 6).T
+    order = np.lexsort(([group[0] for group in groups], dec, ra % 360))
+    return [groups[k] for k in order]

@@ -16,7 +16,7 @@ from zemosaic_pipeline.fits.headers import read_wcs_file
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.sky import (
-    direction_of,
+    directions_of,
     icrs_centre,
     least_rectangle,
     most_central,
@@ -110,7 +110,7 @@ def _common_frame_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> tuple
     # each coordinate is summed by itself, as reproject has it: the last bits are those of its answer
     x, y, z = unit_vectors(*np.concatenate(references).T).T.copy()
     wcs = celestial_frame_to_wcs(frame, projection="TAN")
-    wcs.wcs.crval = direction_of([x.mean(), y.mean(), z.mean()])
+    wcs.wcs.crval = directions_of([x.mean(), y.mean(), z.mean()])
     wcs.wcs.cdelt = -scale, scale
     wcs.wcs.crpix = 1, 1
     pixels = wcs.wcs_world2pix(np.concatenate(corners), 1)
