@@ -35,9 +35,10 @@ from functools import partial
 
 import numpy as np
 
+from zemosaic_pipeline.arrays import connected_groups
 from zemosaic_pipeline.errors import Notice
 from zemosaic_pipeline.overlaps.errors_in_variables import in_units
-from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, connected_groups, measure_pairs
+from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, measure_pairs
 
 #: Pixels that :func:`apply_photometric_normalization` works on at a time.
 NORMALISED_AT_ONCE = 1 << 17

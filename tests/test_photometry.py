@@ -27,12 +27,12 @@ from zemosaic_photometry import (
     relative_coverage_gains,
     rgb_balance_gains,
 )
+from zemosaic_pipeline.arrays import connected_groups
 from zemosaic_pipeline.overlaps.errors_in_variables import clustered_deviation, fit_overlap
 from zemosaic_pipeline.overlaps.pairs import (
     CoarseTile,
     PairRelation,
     PairsInPassing,
-    connected_groups,
     make_overlap,
     measure_pairs,
 )

@@ -1,4 +1,4 @@
-"""Rectangles, arrays on pages of their own, the median of sorted numbers."""
+"""Rectangles, arrays on pages of their own, the median of sorted numbers, groups of what pairs connect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 #: Arrays of at least so many bytes get pages of their own.
 PAGED_BYTES = 4 << 20
@@ -19,6 +20,25 @@ def median_of_sorted(ordered: np.ndarray) -> np.ndarray:
     """Median along the last axis of ascending numbers, of which there is at least one."""
     count = ordered.shape[-1]
     return ordered[..., (count - 1) // 2 : count // 2 + 1].mean(axis=-1)
+
+
+def connected_groups(count: int, pairs: ArrayLike) -> np.ndarray:
+    """Number (count,) of the group of each node that the pairs connect, in the order of their first nodes.
+
+    As fast as `scipy.sparse.csgraph.connected_components` up to some 20 000 nodes, and without its import, which takes
+    longer than all the groups of a run.
+    """
+    i, j = np.asarray(pairs, int).reshape(-1, 2).T
+    label = np.arange(count)
+    while True:
+        low = np.minimum(label[i], label[j])
+        lower = label.copy()
+        np.minimum.at(lower, label[i], low)
+        np.minimum.at(lower, label[j], low)
+        lower = lower[lower]
+        if np.array_equal(lower, label):
+            return np.unique(label, return_inverse=True)[1]
+        label = lower
 
 
 # ---------------------------------------------------------------------------------------------- large arrays

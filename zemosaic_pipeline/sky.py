@@ -1,13 +1,115 @@
-"""Angles, pixel scales, tangent planes: one definition of each."""
+"""Angles, pixel scales, tangent planes: one definition of each. Directions and angles are in degrees."""
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
-from astropy.coordinates import SkyCoord
+from astropy import units
+from astropy.coordinates import ICRS, BaseCoordinateFrame, UnitSphericalRepresentation, angular_separation
 from astropy.wcs import WCS
-from astropy.wcs.utils import proj_plane_pixel_scales
+from astropy.wcs.utils import proj_plane_pixel_scales, wcs_to_celestial_frame
+from numpy.typing import ArrayLike
+
+# ------------------------------------------------------------------------------------------------------ directions
+
+
+def separation(ra: ArrayLike, dec: ArrayLike, other_ra: ArrayLike, other_dec: ArrayLike) -> np.ndarray:
+    """Return the angle between directions, float64 of the shape that the arguments make together."""
+    return np.degrees(angular_separation(*(np.radians(angle) for angle in (ra, dec, other_ra, other_dec))))
+
+
+def chord(angle: float) -> float:
+    """Return the distance of two points of the unit sphere that are an angle apart; at most the sphere's diameter."""
+    return 2 * math.sin(math.radians(min(angle, 180.0)) / 2)
+
+
+def unit_vectors(ra: ArrayLike, dec: ArrayLike) -> np.ndarray:
+    """Return the points of the unit sphere, float64 (..., 3), that directions are."""
+    a, d = np.radians(np.asarray(ra, float)), np.radians(np.asarray(dec, float))
+    return np.stack([np.cos(d) * np.cos(a), np.cos(d) * np.sin(a), np.sin(d)], axis=-1)
+
+
+def directions_of(vectors: ArrayLike) -> np.ndarray:
+    """Return right ascension and declination, float64 (..., 2), of vectors (..., 3) of any length but 0."""
+    x, y, z = np.moveaxis(np.asarray(vectors, float), -1, 0)
+    return np.degrees(np.stack([np.arctan2(y, x) % (2 * np.pi), np.arctan2(z, np.hypot(x, y))], axis=-1))
+
+
+def median_direction(directions: np.ndarray) -> tuple[float, float]:
+    """Return the direction of the median unit vector of directions (N, 2)."""
+    ra, dec = directions_of(np.median(unit_vectors(*directions.T), axis=0))
+    return float(ra), float(dec)
+
+
+def most_central(directions: np.ndarray) -> tuple[float, float]:
+    """Return the one of the directions (N, 2) whose median distance to all is least: one wrong one cannot move it."""
+    if len(directions) > 500:
+        directions = directions[:: len(directions) // 500 + 1]
+    ra, dec = directions.T
+    away = separation(ra[:, None], dec[:, None], ra, dec)
+    ra, dec = directions[np.argmin(np.median(away, axis=1))]
+    return float(ra), float(dec)
+
+
+# -------------------------------------------------------------------------------------------------- images on the sky
+
+
+def pixel_scale(wcs: WCS) -> float:
+    """Return the size of a pixel: the geometric mean of its sides."""
+    return float(np.sqrt(np.prod(proj_plane_pixel_scales(wcs))))
+
+
+def scale_of(wcs: WCS) -> float:
+    """Return the size of a pixel: the root of its area."""
+    return math.sqrt(abs(np.linalg.det(wcs.pixel_scale_matrix)))
+
+
+def pixel_to_sky(wcs: WCS, pixels: ArrayLike) -> np.ndarray:
+    """Return the directions (N, 2), in the celestial frame of `wcs`, of 0-based pixels (N, 2)."""
+    return np.asarray(wcs.all_pix2world(pixels, 0))
+
+
+def image_centre(wcs: WCS, shape: tuple[int, int]) -> tuple[float, float]:
+    """Return where the middle of an image of `shape` (H, W) lies, in the celestial frame of `wcs`."""
+    height, width = shape
+    ra, dec = pixel_to_sky(wcs, [[(width - 1) / 2, (height - 1) / 2]])[0]
+    return float(ra), float(dec)
+
+
+def icrs_centre(wcs: WCS, shape: tuple[int, int]) -> tuple[float, float]:
+    """Return where the middle of an image of `shape` (H, W) lies, in ICRS; slower by 0.2 ms where `wcs` is not."""
+    lon, lat = image_centre(wcs, shape)
+    frame = cast(BaseCoordinateFrame, wcs_to_celestial_frame(wcs))
+    if isinstance(frame, ICRS):
+        return lon, lat
+    there = UnitSphericalRepresentation(lon * units.deg, lat * units.deg)
+    moved = frame.realize_frame(there).transform_to(ICRS())
+    return float(moved.ra.deg), float(moved.dec.deg)
+
+
+def tangent_plane(ra: float, dec: float, scale: float, shape: tuple[int, int] = (1, 1)) -> WCS:
+    """Return a TAN WCS, north up and east to the left, that touches the sky in the middle of an image.
+
+    Parameters
+    ----------
+    ra, dec : float
+        Where it touches the sky, in whatever celestial frame: the WCS names none.
+    scale : float
+        Size of a pixel.
+    shape : (H, W)
+        Of the image; by default of one pixel, so that (0, 0) is where the plane touches the sky.
+    """
+    plane = WCS(naxis=2)
+    plane.wcs.ctype = ["RA---TAN", "DEC--TAN"]
+    plane.wcs.crval, plane.wcs.crpix = (ra, dec), ((shape[1] + 1) / 2, (shape[0] + 1) / 2)
+    plane.wcs.cdelt = (-scale, scale)
+    plane.wcs.set()
+    return plane
+
+
+# ------------------------------------------------------------------------------------------------ rectangles around
 
 
 def least_rectangle(points: np.ndarray) -> float:
@@ -43,53 +145,3 @@ def convex_hull(points: np.ndarray) -> np.ndarray:
 def _turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
     """Above 0 where the way from ``a`` by ``b`` to ``c`` turns left."""
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
-
-
-def pixel_scale(wcs: WCS) -> float:
-    """Geometric mean pixel scale in degrees."""
-    return float(np.sqrt(np.prod(proj_plane_pixel_scales(wcs.celestial))))
-
-
-def image_centre(wcs: WCS, shape: tuple[int, int]) -> SkyCoord:
-    """Sky position of the middle of an image of ``shape`` (H, W), in ICRS."""
-    height, width = shape
-    centre = wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
-    return SkyCoord(centre.ra, centre.dec)  # without the attributes of the frame it came from
-
-
-def middle_of(centres: SkyCoord) -> SkyCoord:
-    """The centre whose median distance to all others is smallest: one wrong tile cannot move it."""
-    if len(centres) > 500:
-        centres = centres[:: len(centres) // 500 + 1]
-    medians = [np.median(centre.separation(centres).deg) for centre in centres]
-    return centres[int(np.argmin(medians))]
-
-
-def tangent_plane(ra: float, dec: float, scale: float) -> WCS:
-    """Return a TAN WCS, north up, whose pixel (0, 0) is at (ra, dec); `scale` in degrees per pixel."""
-    plane = WCS(naxis=2)
-    plane.wcs.ctype = ["RA---TAN", "DEC--TAN"]
-    plane.wcs.crval, plane.wcs.crpix = (ra, dec), (1, 1)
-    plane.wcs.cdelt = (-scale, scale)
-    plane.wcs.set()
-    return plane
-
-
-def scale_of(wcs: WCS) -> float:
-    """Return the size of a pixel in degrees (geometric mean of its sides)."""
-    return math.sqrt(abs(np.linalg.det(wcs.pixel_scale_matrix)))
-
-
-def sky_of(wcs: WCS, points: np.ndarray) -> np.ndarray:
-    """Return ra, dec (degrees, (N, 2)) of 0-based pixels (N, 2)."""
-    return wcs.all_pix2world(points, 0)
-
-
-def separation(ra: float, dec: float, other_ra: float, other_dec: float) -> float:
-    """Return the angle between two directions, all in degrees (Vincenty's formula)."""
-    a, b = np.radians(dec), np.radians(other_dec)
-    step = np.radians(other_ra - ra)
-    x = np.cos(b) * np.sin(step)
-    y = np.cos(a) * np.sin(b) - np.sin(a) * np.cos(b) * np.cos(step)
-    z = np.sin(a) * np.sin(b) + np.cos(a) * np.cos(b) * np.cos(step)
-    return float(np.degrees(np.arctan2(np.hypot(x, y), z)))

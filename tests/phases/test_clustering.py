@@ -7,30 +7,19 @@ import time
 
 import numpy as np
 import pytest
-from astropy import units as u
-from astropy.coordinates import SkyCoord, angular_separation
-from astropy.io import fits
-from astropy.wcs import WCS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from zemosaic_pipeline.gui.filter_window import (
-    _auto_split_groups,
-    _compute_max_angular_separation_deg,
-    cluster_seestar_stacks_connected,
-)
-from zemosaic_pipeline.phases.clustering import AUTO_CAP, group_frames, linking_length
+from scenes.pointings import few, separations, skies
+from zemosaic_pipeline.phases.clustering import AUTO_CAP, Grouping, group_frames, linking_length
 
-few = settings(max_examples=60, deadline=None)
+
+def grouped(ra, dec, *, orientation_deg=None, mount=None, order=None, **grouping):
+    return group_frames(ra, dec, Grouping(**grouping), orientation_deg=orientation_deg, mount=mount, order=order)
 
 
 def sets(groups):
     return {frozenset(int(k) for k in group) for group in groups}
-
-
-def separations(ra, dec):
-    ra, dec = np.radians(ra), np.radians(dec)
-    return np.degrees(angular_separation(ra[:, None], dec[:, None], ra[None], dec[None]))
 
 
 def brute_force(ra, dec, threshold):
@@ -47,32 +36,11 @@ def brute_force(ra, dec, threshold):
     return groups
 
 
-def around(ra, dec, n, spread, seed=0):
-    """n positions scattered over `spread` degrees (standard deviation) about one."""
-    rng = np.random.default_rng(seed)
-    d = np.clip(dec + rng.normal(0, spread, n), -90, 90)
-    return (ra + rng.normal(0, spread, n) / np.cos(np.radians(dec))) % 360, d
-
-
-@st.composite
-def skies(draw):
-    """Positions near a place that may be the RA wrap or a pole, some of them equal; and a threshold."""
-    centre = draw(st.sampled_from([(0.0, 0.0), (359.9, 60.0), (180.0, 89.8), (10.0, -90.0), (80.0, -30.0)]))
-    n, seed = draw(st.integers(1, 60)), draw(st.integers(0, 2**31))
-    rng = np.random.default_rng(seed)
-    away = SkyCoord(*centre, unit="deg").directional_offset_by(
-        rng.uniform(0, 360, n) * u.deg, rng.exponential(1, n) * u.deg
-    )
-    again = rng.integers(0, n, n // 3)
-    ra, dec = np.append(away.ra.deg, away.ra.deg[again]), np.append(away.dec.deg, away.dec.deg[again])
-    return ra, dec, draw(st.sampled_from([0.01, 0.1, 0.3, 1.0]))
-
-
 @few
 @given(skies())
 def test_components_are_those_of_brute_force(sky):
     ra, dec, threshold = sky
-    assert sets(group_frames(ra, dec, threshold_deg=threshold)) == brute_force(ra, dec, threshold)
+    assert sets(grouped(ra, dec, threshold_deg=threshold)) == brute_force(ra, dec, threshold)
 
 
 @few
@@ -86,7 +54,7 @@ def test_file_order_does_not_matter_and_every_frame_is_in_one_panel(sky, seed, c
     angle, mount = rng.uniform(0, 360, len(ra)), rng.choice(["altaz", "eq"], len(ra))
 
     def panels(index):
-        found = group_frames(
+        found = grouped(
             ra[index], dec[index], threshold_deg=threshold, orientation_deg=angle[index], orientation_split_deg=split,
             mount=mount[index], field_deg=extent and 2 * extent, cap=cap, order=[names[k] for k in index],
         )  # fmt: skip
@@ -113,8 +81,8 @@ def test_a_link_between_crowds_is_found_though_their_first_frames_are_far_apart(
     left = np.r_[np.zeros(50), 0.9]
     right = np.r_[np.full(50, 2.6), 1.8]
     ra, dec = np.r_[left, right], np.zeros(102)
-    assert len(group_frames(ra, dec, threshold_deg=0.91)) == 1
-    assert len(group_frames(ra, dec, threshold_deg=0.89)) > 1
+    assert len(grouped(ra, dec, threshold_deg=0.91)) == 1
+    assert len(grouped(ra, dec, threshold_deg=0.89)) > 1
 
 
 @pytest.mark.parametrize("kind", ["random", "one place", "dense", "crowds"])
@@ -128,7 +96,7 @@ def test_20000_frames_in_seconds(kind):
         "crowds": lambda: (rng.integers(0, 150, n) * 0.1 + rng.normal(0, 0.004, n), rng.normal(0, 0.004, n)),
     }[kind]()
     start = time.perf_counter()
-    groups = group_frames(ra, dec, threshold_deg=0.07, field_deg=0.7, cap=500)
+    groups = grouped(ra, dec, threshold_deg=0.07, field_deg=0.7, cap=500)
     assert time.perf_counter() - start < 5
     assert sum(map(len, groups)) == n
     assert max(map(len, groups)) <= 500
@@ -136,29 +104,29 @@ def test_20000_frames_in_seconds(kind):
 
 def test_a_long_chain_becomes_as_few_pieces_as_its_length_asks_for():
     ra, dec = np.linspace(0, 3.4, 341), np.zeros(341)
-    assert len(group_frames(ra, dec, threshold_deg=0.07)) == 1
-    pieces = group_frames(ra, dec, threshold_deg=0.07, field_deg=0.7)
+    assert len(grouped(ra, dec, threshold_deg=0.07)) == 1
+    pieces = grouped(ra, dec, threshold_deg=0.07, field_deg=0.7)
     assert len(pieces) == 10
     assert max(np.ptp(ra[p]) for p in pieces) <= 0.35 + 1e-6
 
 
 def test_a_chain_is_cut_between_its_crowds():
     ra = np.concatenate([np.linspace(c, c + 0.2, 30) for c in (0.0, 0.26, 0.52)])
-    pieces = group_frames(ra, np.zeros(90), threshold_deg=0.07, field_deg=0.54)
+    pieces = grouped(ra, np.zeros(90), threshold_deg=0.07, field_deg=0.54)
     assert [p.tolist() for p in pieces] == [list(range(k, k + 30)) for k in (0, 30, 60)]
 
 
 def test_small_groups_far_apart_stay_apart():
     ra, dec = np.r_[np.full(50, 10.0), 200.0, 10.0], np.r_[np.zeros(50), 40.0, 5.0]
-    assert sorted(map(len, group_frames(ra, dec, threshold_deg=0.1, cap=60, min_cap=10))) == [1, 1, 50]
+    assert sorted(map(len, grouped(ra, dec, threshold_deg=0.1, cap=60, min_cap=10))) == [1, 1, 50]
 
 
 def test_target_groups_widens_the_threshold_only_as_far_as_needed():
     ra = np.array([0.0, 0.1, 0.3, 0.7, 50.0])
     dec = np.zeros(5)
-    assert [len(group_frames(ra, dec, threshold_deg=0.01, target_groups=n)) for n in (5, 4, 3, 2, 1)] == [5, 4, 3, 2, 1]
+    assert [len(grouped(ra, dec, threshold_deg=0.01, target_groups=n)) for n in (5, 4, 3, 2, 1)] == [5, 4, 3, 2, 1]
     # fields that cannot overlap are not joined, whatever the target
-    assert sets(group_frames(ra, dec, threshold_deg=0.01, target_groups=1, field_deg=1.0)) == {
+    assert sets(grouped(ra, dec, threshold_deg=0.01, target_groups=1, field_deg=1.0)) == {
         frozenset({0, 1, 2, 3}),
         frozenset({4}),
     }
@@ -167,49 +135,49 @@ def test_target_groups_widens_the_threshold_only_as_far_as_needed():
 def test_orientation_is_a_circle_and_unknown_angles_stay_apart():
     angle = [359.0, 1.0, 3.0, 180.0, 178.0, np.nan, 121.0]
     ra = dec = np.zeros(7)
-    assert sets(group_frames(ra, dec, threshold_deg=1, orientation_deg=angle, orientation_split_deg=10)) == {
+    assert sets(grouped(ra, dec, threshold_deg=1, orientation_deg=angle, orientation_split_deg=10)) == {
         frozenset({0, 1, 2}),
         frozenset({3, 4}),
         frozenset({5}),
         frozenset({6}),
     }
-    assert len(group_frames(ra, dec, threshold_deg=1, orientation_deg=angle)) == 1
+    assert len(grouped(ra, dec, threshold_deg=1, orientation_deg=angle)) == 1
 
 
 def test_a_night_of_field_rotation_is_cut_into_arcs():
     angle = np.linspace(-30, 29.9, 600)
-    arcs = group_frames(np.zeros(600), np.zeros(600), threshold_deg=1, orientation_deg=angle, orientation_split_deg=15)
+    arcs = grouped(np.zeros(600), np.zeros(600), threshold_deg=1, orientation_deg=angle, orientation_split_deg=15)
     assert len(arcs) == 4
     assert max(np.ptp(angle[a]) for a in arcs) <= 15
 
 
 def test_mounts_do_not_mix():
-    groups = group_frames(np.zeros(4), np.zeros(4), threshold_deg=1, mount=["eq", None, "altaz", "eq"])
+    groups = grouped(np.zeros(4), np.zeros(4), threshold_deg=1, mount=["eq", None, "altaz", "eq"])
     assert sets(groups) == {frozenset({0, 3}), frozenset({1}), frozenset({2})}
 
 
 def test_a_cap_splits_evenly_in_time_where_the_place_is_one():
     order = [f"{k:04d}" for k in range(103)]
-    groups = group_frames(np.full(103, 5.0), np.zeros(103), threshold_deg=0.1, cap=25, order=order)
+    groups = grouped(np.full(103, 5.0), np.zeros(103), threshold_deg=0.1, cap=25, order=order)
     assert sorted(map(len, groups)) == [20, 20, 21, 21, 21]
     assert all(np.ptp(g) == len(g) - 1 for g in groups), "each part is a stretch of time"
     # a remainder is never tiny: the smallest part goes before the cap
-    assert sorted(map(len, group_frames(np.zeros(26), np.zeros(26), threshold_deg=0.1, cap=25, min_cap=20))) == [26]
+    assert sorted(map(len, grouped(np.zeros(26), np.zeros(26), threshold_deg=0.1, cap=25, min_cap=20))) == [26]
 
 
 def test_a_cap_splits_by_place_where_frames_differ_in_place():
     rng = np.random.default_rng(4)
     ra = rng.uniform(0, 2, 100)
-    groups = group_frames(ra, np.zeros(100), threshold_deg=0.5, cap=25)
+    groups = grouped(ra, np.zeros(100), threshold_deg=0.5, cap=25)
     spans = sorted((ra[g].min(), ra[g].max()) for g in groups)
     assert [len(g) for g in groups] == [25] * 4
     assert all(a[1] < b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_frames_without_a_position_are_the_last_group():
-    groups = group_frames([np.nan, 10.0, np.inf, 200.0], [0.0, 0.0, 0.0, 1.0], threshold_deg=1)
+    groups = grouped([np.nan, 10.0, np.inf, 200.0], [0.0, 0.0, 0.0, 1.0], threshold_deg=1)
     assert [g.tolist() for g in groups] == [[1], [3], [2, 0]]
-    assert group_frames([], [], threshold_deg=1) == []
+    assert grouped([], [], threshold_deg=1) == []
 
 
 @pytest.mark.parametrize(
@@ -217,13 +185,13 @@ def test_frames_without_a_position_are_the_last_group():
 )
 def test_what_cannot_be_meant_raises(wrong):
     with pytest.raises(ValueError):
-        group_frames([0.0, 1.0], [0.0, 1.0], **wrong)
+        grouped([0.0, 1.0], [0.0, 1.0], **wrong)
 
 
 def test_an_open_limit_is_the_same_everywhere_and_a_given_one_goes_before_it():
     ra = dec = np.zeros(AUTO_CAP + 1)
-    assert [len(group_frames(ra, dec, threshold_deg=1, auto_cap=auto)) for auto in (True, False)] == [2, 1]
-    assert len(group_frames(ra, dec, threshold_deg=1, auto_cap=True, cap=1000)) == 1
+    assert [len(grouped(ra, dec, threshold_deg=1, auto_cap=auto)) for auto in (True, False)] == [2, 1]
+    assert len(grouped(ra, dec, threshold_deg=1, auto_cap=True, cap=1000)) == 1
 
 
 def test_the_open_threshold_is_a_tenth_of_the_field():
@@ -231,76 +199,3 @@ def test_the_open_threshold_is_a_tenth_of_the_field():
     assert linking_length(0.0, []) == 0
     with pytest.raises(ValueError):
         linking_length(None, [])
-
-
-# ------------------------------------------------------------------------------------------- the filter window
-
-
-def make_wcs(ra, dec, angle=0.0, shape=(1920, 1080)):
-    wcs = WCS(naxis=2)
-    wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
-    wcs.wcs.crval, wcs.wcs.crpix = (ra, dec), ((shape[1] + 1) / 2, (shape[0] + 1) / 2)
-    c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    wcs.wcs.cd = 0.00066 * np.array([[-c, s], [s, c]])
-    wcs.array_shape = shape
-    return wcs
-
-
-def test_positions_are_read_wherever_they_stand():
-    header = fits.Header({"RA": 40.001, "DEC": 10.0})
-    texts = fits.Header({"OBJCTRA": "02 40 00.2", "OBJCTDEC": "+10 00 01"})
-    items = [
-        {"path": "b", "center": SkyCoord(40.0, 10.0, unit="deg")},
-        {"path": "a", "phase0_center": (40.002, 10.0)},
-        {"path": "c", "RA": 40.003, "DEC": "10.0"},
-        {"path": "d", "wcs": make_wcs(40.004, 10.0)},
-        {"path": "e", "center": None, "wcs": None, "header": header},
-        {"path": "f", "header": texts},
-        {"path": "g", "CRVAL1": 40.0, "CRVAL2": 10.001},
-        {"path": "h"},
-        {"path": "i", "center": (None, None), "RA": 200.0, "DEC": 10.0},
-    ]
-    heard = []
-    groups = cluster_seestar_stacks_connected(items, 0.03, lambda *message: heard.append(message))
-    assert [[item["path"] for item in group] for group in groups] == [list("abcdefg"), ["i"], ["h"]]
-    assert all(any(member is item for item in items) for group in groups for member in group)
-    assert [message[1:] for message in heard] == [(None, "INFO")]
-
-
-def test_the_filter_window_splits_by_orientation_of_the_wcs():
-    items = [{"path": str(k), "wcs": make_wcs(40, 60, angle)} for k, angle in enumerate((0, 121, 1, 359, 122))]
-    groups = cluster_seestar_stacks_connected(items, 0.1, None, orientation_split_threshold_deg=5)
-    assert {frozenset(item["path"] for item in g) for g in groups} == {frozenset("023"), frozenset("14")}
-    assert len(cluster_seestar_stacks_connected(items, 0.1, None)) == 1
-
-
-def test_the_filter_window_cuts_a_scan_into_fields():
-    scan = [{"path": f"{k:03d}", "wcs": make_wcs(ra, 0.0)} for k, ra in enumerate(np.linspace(0, 1.4, 141))]
-    sides = 0.00066 * 1080 / 2
-    groups = cluster_seestar_stacks_connected(scan, 0.03, None)
-    assert len(groups) == int(np.ceil(1.4 / sides))
-
-
-def test_auto_split_keeps_the_dictionaries_and_small_groups():
-    small = [{"path": "x"}]
-    crowd = [{"path": f"{k:02d}", "center": (10.0, 20.0)} for k in range(30)]
-    parts = _auto_split_groups([crowd, small], cap=12, min_cap=5)
-    assert [len(p) for p in parts] == [10, 10, 10, 1]
-    assert parts[-1][0] is small[0]
-    assert [item["path"] for p in parts[:-1] for item in p] == [f"{k:02d}" for k in range(30)]
-    assert [len(p) for p in _auto_split_groups([[{} for _ in range(30)]], cap=12)] == [10, 10, 10]
-    assert _auto_split_groups([crowd], cap=0) == [crowd]
-
-
-@few
-@given(skies())
-def test_largest_separation(sky):
-    ra, dec, _ = sky
-    found = _compute_max_angular_separation_deg(zip(ra, dec, strict=True))
-    assert found == pytest.approx(separations(ra, dec).max(), abs=2e-6)
-
-
-def test_largest_separation_of_nothing():
-    assert _compute_max_angular_separation_deg([]) == 0
-    assert _compute_max_angular_separation_deg([(1, 2), None, (np.nan, 0)]) == 0
-    assert _compute_max_angular_separation_deg([(0, 0), (180, 0)]) == pytest.approx(180)

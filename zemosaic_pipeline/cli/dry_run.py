@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from astropy.wcs import WCS
-
 from zemosaic_pipeline.errors import UnusableFile, UsageError
 from zemosaic_pipeline.fits.admission import RawFrame, scan_tiles
 from zemosaic_pipeline.fits.tile import Tile
@@ -21,6 +19,7 @@ from zemosaic_pipeline.raw.frame import Frame
 from zemosaic_pipeline.raw.solved import PointedFrame
 from zemosaic_pipeline.resample.output_grid import choose_output_grid
 from zemosaic_pipeline.settings.settings import Settings
+from zemosaic_pipeline.sky import tangent_plane
 
 #: Seconds of one core for a megapixel of a raw frame (reading, stars, comparison, stacking), for one frame in the
 #: solver, and for a megapixel of tiles in the mosaic. Measured on one machine in 2026: right within a factor of three.
@@ -144,11 +143,7 @@ def pointed_at(frame: Frame) -> PointedFrame | None:
         return PointedFrame(frame, frame.wcs)
     if frame.ra is None or frame.dec is None or frame.scale is None:
         return None
-    wcs = WCS(naxis=2)
-    wcs.wcs.ctype = "RA---TAN", "DEC--TAN"
-    wcs.wcs.crval = frame.ra, frame.dec
-    wcs.wcs.crpix = (frame.shape[1] + 1) / 2, (frame.shape[0] + 1) / 2
-    wcs.wcs.cdelt = -frame.scale / 3600, frame.scale / 3600
+    wcs = tangent_plane(frame.ra, frame.dec, frame.scale / 3600, frame.shape)
     wcs.pixel_shape = frame.shape[::-1]
     return PointedFrame(frame, wcs)
 

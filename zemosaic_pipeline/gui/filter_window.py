@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from astropy.wcs import WCS
 
-from zemosaic_pipeline.phases.clustering import (
-    _UNKNOWN_FIELD,
-    _by_position,
-    _chord,
-    _split_to_cap,
-    _unit_vectors,
-    group_frames,
-)
+from zemosaic_pipeline.phases.clustering import Grouping, by_position, group_frames, reach, split_to_cap
+from zemosaic_pipeline.sky import image_centre, pixel_scale, separation, unit_vectors
 
 Progress = Callable[..., object] | None
+_UNKNOWN_FIELD = 20.0
+"""Size of the field in thresholds where no item tells it."""
 
 
 # ------------------------------------------------------------------------------ what the filter window looks up
@@ -53,13 +50,17 @@ def cluster_seestar_stacks_connected(
     items = list(items)
     threshold = max(float(threshold_deg or 0), 0.0)
     places = np.array([_position(item) or (np.nan, np.nan) for item in items], float).reshape(-1, 2)
-    groups = group_frames(
-        places[:, 0],
-        places[:, 1],
+    grouping = Grouping(
         threshold_deg=threshold,
-        orientation_deg=[_orientation(item) for item in items],
         orientation_split_deg=max(float(orientation_split_threshold_deg or 0), 0.0),
         field_deg=_field_side(items) or _UNKNOWN_FIELD * threshold,
+    )
+    ra, dec = places.T
+    groups = group_frames(
+        ra,
+        dec,
+        grouping,
+        orientation_deg=[_orientation(item) for item in items],
         order=[_stable_name(item) for item in items],
     )
     _tell(progress_callback, f"{len(items)} frames form {len(groups)} groups (threshold {threshold:g} degrees)")
@@ -95,11 +96,11 @@ def _auto_split_groups(
         ordered = [group[k] for k in sorted(range(len(group)), key=lambda k, g=group: (_stable_name(g[k]), k))]
         places = [_position(item) for item in ordered]
         # a group in which a position is missing cannot be split by place
-        xyz = _unit_vectors(*np.transpose([place or (0.0, 0.0) for place in places]))
+        xyz = unit_vectors(*np.transpose([place or (0.0, 0.0) for place in places]))
         side = _field_side(ordered) or 1.0
-        same_place = _chord(180.0 if None in places else side / 10)
-        parts = _split_to_cap(np.arange(len(ordered)), xyz, int(cap), int(min_cap or 0), same_place)
-        result += [[ordered[k] for k in part] for part in _by_position(parts, xyz)]
+        same_place = reach(180.0 if None in places else side / 10)
+        parts = split_to_cap(np.arange(len(ordered)), xyz, int(cap), int(min_cap or 0), same_place)
+        result += [[ordered[k] for k in part] for part in by_position(parts, xyz)]
     if len(result) != before:
         _tell(progress_callback, f"{before} groups were split into {len(result)} of at most {cap} frames")
     return result
@@ -113,16 +114,14 @@ def _compute_max_angular_separation_deg(coords: Iterable[Any]) -> float:
     coords : iterable of (ra, dec)
         Degrees; what is no position is passed over.
     """
-    places = [place for place in map(_as_place, coords) if place is not None]
-    if len(places) < 2:
-        return 0.0
-    xyz = np.unique(_unit_vectors(*np.transpose(places)), axis=0)
+    found = [place for place in map(_as_place, coords) if place is not None]
+    places = np.unique(np.reshape(found, (-1, 2)), axis=0)
+    xyz = unit_vectors(*places.T)
     best = 0.0
     for start in range(0, len(xyz), 1000):
         cosines = xyz[start : start + 1000] @ xyz.T
         i, j = np.unravel_index(np.argmin(cosines), cosines.shape)
-        a, b = xyz[start + i], xyz[j]
-        best = max(best, math.degrees(math.atan2(float(np.linalg.norm(np.cross(a, b))), float(a @ b))))
+        best = max(best, float(separation(*places[start + i], *places[j])))
     return best
 
 
@@ -160,6 +159,8 @@ def _as_place(value: Any) -> tuple[float, float] | None:
 
 def _degrees(value: Any, hours: bool) -> float:
     """Read a number or a text in degrees; a sexagesimal text of a right ascension is in hours. NaN if neither."""
+    if value is None:
+        return math.nan
     try:
         return float(getattr(value, "value", value))
     except (TypeError, ValueError):
@@ -167,42 +168,50 @@ def _degrees(value: Any, hours: bool) -> float:
     from astropy.coordinates import Angle
 
     try:
-        return float(Angle(str(value), unit="hourangle" if hours else "deg").deg)
+        return float(np.asarray(Angle(str(value), unit="hourangle" if hours else "deg").deg))
     except ValueError:
         return math.nan
 
 
 def _position(item: Mapping[str, Any]) -> tuple[float, float] | None:
-    found = next((p for key in _PLACE_KEYS if (p := _as_place(item.get(key))) is not None), None)
-    if found is None:
-        found = next((p for wcs in _wcs_of(item) if (p := _as_place(_wcs_centre(wcs))) is not None), None)
-    sources = [(item, (*_RA_DEC_KEYS, *_HEADER_KEYS))]
-    if _header_of(item) is not None:
-        sources.append((_header_of(item), _HEADER_KEYS))
-    for source, keys in sources:
-        for a, d in keys:
-            if found is None and source.get(a) is not None and source.get(d) is not None:
-                found = _as_place((source[a], source[d]))
-    return found
+    return next((place for told in _told_places(item) if (place := _as_place(told)) is not None), None)
 
 
-def _header_of(item: Mapping[str, Any]) -> Any:
+def _told_places(item: Mapping[str, Any]) -> Iterator[Any]:
+    """What may tell the position of an item, the most trusted first."""
+    for key in _PLACE_KEYS:
+        yield item.get(key)
+    for wcs in _wcs_of(item):
+        yield _wcs_centre(wcs)
+    for a, d in (*_RA_DEC_KEYS, *_HEADER_KEYS):
+        yield item.get(a), item.get(d)
+    header = _header_of(item)
+    for a, d in _HEADER_KEYS:
+        yield header.get(a), header.get(d)
+
+
+@runtime_checkable
+class _Header(Protocol):
+    """A FITS header or a dictionary."""
+
+    def get(self, key: str, /) -> Any: ...
+
+
+def _header_of(item: Mapping[str, Any]) -> _Header:
     header = item.get("header")
-    return header if hasattr(header, "get") else None
+    return header if isinstance(header, _Header) else {}
 
 
-def _wcs_of(item: Mapping[str, Any]) -> list[Any]:
+def _wcs_of(item: Mapping[str, Any]) -> list[WCS]:
     candidates = (item.get(key) for key in _WCS_KEYS)
-    return [wcs for wcs in candidates if getattr(wcs, "has_celestial", False) and hasattr(wcs, "wcs")]
+    return [wcs for wcs in candidates if isinstance(wcs, WCS) and wcs.has_celestial]
 
 
-def _wcs_centre(wcs: Any) -> tuple[float, float]:
+def _wcs_centre(wcs: WCS) -> tuple[float, float]:
     wcs = wcs.celestial
-    shape = wcs.array_shape
-    if shape is None:
+    if wcs.array_shape is None:
         return float(wcs.wcs.crval[0]), float(wcs.wcs.crval[1])
-    ra, dec = wcs.all_pix2world((shape[1] - 1) / 2, (shape[0] - 1) / 2, 0)
-    return float(ra), float(dec)
+    return image_centre(wcs, wcs.array_shape)
 
 
 def _orientation(item: Mapping[str, Any]) -> float:
@@ -211,7 +220,7 @@ def _orientation(item: Mapping[str, Any]) -> float:
         matrix = wcs.celestial.pixel_scale_matrix
         if np.isfinite(matrix).all() and matrix.any():
             return math.degrees(math.atan2(matrix[0, 1], matrix[1, 1]))
-    for source in (item, _header_of(item) or {}):
+    for source in (item, _header_of(item)):
         for key in _ANGLE_KEYS:
             angle = _degrees(source.get(key), hours=False)
             if math.isfinite(angle):
@@ -224,10 +233,11 @@ def _field_side(items: Sequence[Mapping[str, Any]]) -> float | None:
     sides = []
     for item in items:
         for wcs in _wcs_of(item):
-            wcs, header = wcs.celestial, _header_of(item) or {}
+            wcs, header = wcs.celestial, _header_of(item)
             shape = wcs.array_shape or item.get("shape") or (header.get("NAXIS2"), header.get("NAXIS1"))
-            if len(shape) >= 2 and all(isinstance(n, int | np.integer) for n in shape[:2]):
-                sides.append(min(shape[:2]) * math.sqrt(abs(np.linalg.det(wcs.pixel_scale_matrix))))
+            lengths = [n for n in shape[:2] if isinstance(n, int | np.integer)]
+            if len(lengths) == 2:
+                sides.append(int(min(lengths)) * pixel_scale(wcs))
                 break
     return float(np.median(sides)) if sides else None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zemosaic_pipeline.arrays import connected_groups
 from zemosaic_pipeline.overlaps.errors_in_variables import (
     MIN_CELLS,
     SMOOTHED_VARIANCE,
@@ -175,21 +176,6 @@ def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) 
         meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
         pairs += [(i, int(j)) for j in rest[meets]]
     return pairs
-
-
-def connected_groups(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Number (count,) of the group of each node that the pairs connect, in the order of their first nodes."""
-    i, j = np.asarray(pairs, int).reshape(-1, 2).T
-    label = np.arange(count)
-    while True:
-        low = np.minimum(label[i], label[j])
-        lower = label.copy()
-        np.minimum.at(lower, label[i], low)
-        np.minimum.at(lower, label[j], low)
-        lower = lower[lower]
-        if np.array_equal(lower, label):
-            return np.unique(label, return_inverse=True)[1]
-        label = lower
 
 
 def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:

@@ -17,19 +17,19 @@ A panel is what one master tile is made of. `group_frames` works on plain arrays
 
 Groups are never joined for being small. The result depends on the frames alone, not on the order in which they
 come: everything is computed in the order of `order` (name or time), then position.
-
-`cluster_seestar_stacks_connected`, `_auto_split_groups` and `_compute_max_angular_separation_deg` are what the filter
-window of ZeMosaic looks up by name; they work on its dictionaries.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from zemosaic_pipeline.arrays import connected_groups
+from zemosaic_pipeline.sky import chord, directions_of, unit_vectors
 
 AUTO_CAP = 400
 """Frames of a panel where the limit is left open: the same on every machine, so that the panels are.
@@ -40,11 +40,6 @@ fill a third of the default memory budget (2 GB) with blocks of 256 x 256 pixels
 on their borders.
 """
 _EXTENT_IN_FIELDS = 0.5
-_UNKNOWN_FIELD = 20.0
-"""Size of the field in thresholds where nobody tells it."""
-
-
-# ------------------------------------------------------------------------------------------------ on plain arrays
 
 
 def linking_length(threshold_deg: float | None, fields_deg: Sequence[float]) -> float:
@@ -64,20 +59,66 @@ def linking_length(threshold_deg: float | None, fields_deg: Sequence[float]) -> 
     return float(np.median(fields_deg)) / 10
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """What frames of one panel have in common.
+
+    Attributes
+    ----------
+    threshold_deg : float
+        Frames nearer to each other than this (degrees) are linked; 0 links equal positions only.
+    orientation_split_deg : float
+        The largest difference of position angles; 0: any.
+    target_groups : int
+        The threshold grows (to within 1 %) until at most so many components are left; 0: any number. It never grows
+        above `field_deg`, so that fields that do not overlap stay apart even so. Steps 3 and 5 may split further.
+    field_deg : float or None
+        Shorter side of a frame. The centres of a panel spread over half of it at most, along any direction; None: over
+        any distance.
+    cap : int
+        Most frames of a panel; 0: `AUTO_CAP` with `auto_cap`, else any number.
+    min_cap : int
+        The fewest frames that a split may leave; it goes before the cap.
+
+    Raises
+    ------
+    ValueError
+        A threshold is negative or not finite.
+    """
+
+    threshold_deg: float
+    orientation_split_deg: float = 0.0
+    target_groups: int = 0
+    field_deg: float | None = None
+    cap: int = 0
+    auto_cap: bool = False
+    min_cap: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.threshold_deg) and self.threshold_deg >= 0 and self.orientation_split_deg >= 0):
+            raise ValueError("thresholds must be finite and not negative")
+
+    @property
+    def largest(self) -> int:
+        """Most frames of a panel; 0: any number."""
+        return AUTO_CAP if self.auto_cap and self.cap == 0 else self.cap
+
+    @property
+    def extent_deg(self) -> float:
+        """How far the centres of a panel spread at most, degrees; infinite where nothing limits it."""
+        if self.field_deg is None or self.field_deg <= 0 or self.target_groups > 0:
+            return math.inf
+        return _EXTENT_IN_FIELDS * self.field_deg
+
+
 def group_frames(
     ra: ArrayLike,
     dec: ArrayLike,
+    grouping: Grouping,
     *,
-    threshold_deg: float,
     orientation_deg: ArrayLike | None = None,
-    orientation_split_deg: float = 0.0,
-    mount: Sequence[Any] | None = None,
-    target_groups: int = 0,
-    field_deg: float | None = None,
-    cap: int = 0,
-    auto_cap: bool = False,
-    min_cap: int = 0,
-    order: Sequence[Any] | None = None,
+    mount: Sequence[object] | None = None,
+    order: Sequence[str] | None = None,
 ) -> list[np.ndarray]:
     """Gather frames into panels.
 
@@ -85,26 +126,14 @@ def group_frames(
     ----------
     ra, dec : array_like of float, shape (N,)
         Centres in degrees. Frames with a position that is not finite form one group, the last.
-    threshold_deg : float
-        Frames nearer to each other than this (degrees) are linked; 0 links equal positions only.
+    grouping : Grouping
+        What frames of one panel have in common.
     orientation_deg : array_like of float, shape (N,), optional
         Position angles; frames whose angle is not finite are kept apart where the split is on.
-    orientation_split_deg : float
-        0: frames are not split by orientation.
-    mount : sequence of hashable, optional
+    mount : sequence, optional
         Code of the mount of each frame (its text is compared).
-    target_groups : int
-        The threshold grows (to within 1 %) until at most so many components are left; 0: any number. It never grows
-        above `field_deg`, so that fields that do not overlap stay apart even so. Steps 3 and 5 may split further.
-    field_deg : float, optional
-        Shorter side of a frame. The centres of a panel spread over half of it at most, along any direction; None: over
-        any distance.
-    cap : int
-        Most frames of a panel; 0: `AUTO_CAP` with `auto_cap`, else any number.
-    min_cap : int
-        The fewest frames that a split may leave; it goes before the cap.
-    order : sequence, optional
-        Sortable key of each frame, such as its date.
+    order : sequence of str, optional
+        Key by which the frames are ordered, such as their dates.
 
     Returns
     -------
@@ -115,7 +144,7 @@ def group_frames(
     Raises
     ------
     ValueError
-        If the arrays differ in length, or a threshold is negative or not finite.
+        The arrays differ in length.
     """
     ra, dec = np.asarray(ra, float).ravel(), np.asarray(dec, float).ravel()
     n = len(ra)
@@ -123,116 +152,94 @@ def group_frames(
     mounts = np.array([""] * n if mount is None else [str(m) for m in mount])
     if not len(dec) == len(angles) == len(mounts) == n or (order is not None and len(order) != n):
         raise ValueError("ra, dec, orientation, mount and order must have the same length")
-    if not (math.isfinite(threshold_deg) and threshold_deg >= 0 and orientation_split_deg >= 0):
-        raise ValueError("thresholds must be finite and not negative")
     sequence = _canonical_order(ra, dec, angles, order)
     known = np.isfinite(ra) & np.isfinite(dec)
     placed, lost = sequence[known[sequence]], sequence[~known[sequence]]
-    xyz = _unit_vectors(ra[placed], dec[placed])
-    _, codes = np.unique(mounts[placed], return_inverse=True)
-    threshold = _threshold_for(xyz, codes, threshold_deg, target_groups, field_deg)
-    # all that follows holds positions in `placed`, ascending
-    groups = _components_of_mounts(xyz, codes, threshold)
-    if orientation_split_deg > 0:
-        groups = [part for g in groups for part in _split_by_angle(g, angles[placed], orientation_split_deg)]
-    if field_deg is not None and field_deg > 0 and target_groups <= 0:
-        groups = [part for g in groups for part in _cut_to_extent(g, xyz, _chord(_EXTENT_IN_FIELDS * field_deg))]
-    cap = AUTO_CAP if auto_cap and cap == 0 else cap
-    if cap > 0:
-        groups = [part for g in groups for part in _split_to_cap(g, xyz, cap, min_cap, _chord(threshold))]
-    result = [placed[g] for g in _by_position(groups, xyz)]
+    groups = _panels(unit_vectors(ra[placed], dec[placed]), mounts[placed], angles[placed], grouping)
+    result = [placed[group] for group in groups]
     return [*result, lost] if len(lost) else result
 
 
-def _canonical_order(ra: np.ndarray, dec: np.ndarray, angles: np.ndarray, order: Sequence[Any] | None) -> np.ndarray:
+def _panels(xyz: np.ndarray, mounts: np.ndarray, angles: np.ndarray, grouping: Grouping) -> list[np.ndarray]:
+    """Return the panels of frames at places (N, 3) that are in their final order: ascending indices of each."""
+    _, codes = np.unique(mounts, return_inverse=True)
+    threshold = _threshold_for(xyz, codes, grouping)
+    groups = _components_of_mounts(xyz, codes, threshold)
+    if grouping.orientation_split_deg > 0:
+        groups = [part for g in groups for part in _split_by_angle(g, angles, grouping.orientation_split_deg)]
+    if math.isfinite(grouping.extent_deg):
+        groups = [part for g in groups for part in _cut_to_extent(g, xyz, reach(grouping.extent_deg))]
+    if grouping.largest > 0:
+        cap, fewest, same_place = grouping.largest, grouping.min_cap, reach(threshold)
+        groups = [part for g in groups for part in split_to_cap(g, xyz, cap, fewest, same_place)]
+    return by_position(groups, xyz)
+
+
+def _canonical_order(ra: np.ndarray, dec: np.ndarray, angles: np.ndarray, order: Sequence[str] | None) -> np.ndarray:
     keys = range(len(ra)) if order is None else sorted(set(order))
     rank = {key: k for k, key in enumerate(keys)}
     first = np.zeros(len(ra)) if order is None else np.array([rank[key] for key in order], float)
     return np.lexsort((angles, dec, ra, first))
 
 
-def _unit_vectors(ra: ArrayLike, dec: ArrayLike) -> np.ndarray:
-    a, d = np.radians(np.asarray(ra, float)), np.radians(np.asarray(dec, float))
-    return np.stack([np.cos(d) * np.cos(a), np.cos(d) * np.sin(a), np.sin(d)], axis=-1)
-
-
-def _chord(degrees: float) -> float:
-    """Return the length of the chord of an angle, a little longer, so that equal distances count as within."""
-    return 2 * math.sin(math.radians(min(degrees, 180.0)) / 2) * (1 + 1e-9) + 1e-13
+def reach(degrees: float) -> float:
+    """Return the chord of an angle, a little longer, so that equal distances count as within."""
+    return chord(degrees) * (1 + 1e-9) + 1e-13
 
 
 def _components_of_mounts(xyz: np.ndarray, codes: np.ndarray, threshold: float) -> list[np.ndarray]:
     groups = []
     for code in range(codes.max(initial=-1) + 1):
         members = np.flatnonzero(codes == code)
-        labels = _connected(xyz[members], _chord(threshold))
+        labels = _linked(xyz[members], reach(threshold))
         by_label = np.argsort(labels, kind="stable")
         edges = np.flatnonzero(np.diff(labels[by_label])) + 1
         groups += [members[part] for part in np.split(by_label, edges)]
     return groups
 
 
-def _connected(xyz: np.ndarray, chord: float) -> np.ndarray:
-    """Return the component of each point (N,), where points nearer than `chord` are linked.
+def _linked(xyz: np.ndarray, distance: float) -> np.ndarray:
+    """Return the number of the component of each point (N,), where points nearer than `distance` are linked.
 
-    The points are put into cubes with the diagonal `chord`: those of one cube are linked, whatever their number, and
+    The points are put into cubes with the diagonal `distance`: those of one cube are linked, whatever their number, and
     only cubes nearer than two diagonals can be linked to each other, a bounded number. So the work grows with N,
     not with the number of links, which is N^2 / 2 where all frames have one position.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
-    side = chord / math.sqrt(3) * (1 - 1e-9)
+    side = distance / math.sqrt(3) * (1 - 1e-9)
     cubes, first, cube = np.unique(np.floor(xyz / side), axis=0, return_index=True, return_inverse=True)
     cube = cube.ravel()
-    pairs = cKDTree(cubes * side).query_pairs(2 * chord, output_type="ndarray")
-    distance = np.linalg.norm(xyz[first[pairs[:, 0]]] - xyz[first[pairs[:, 1]]], axis=1)
-
-    def label(links: np.ndarray) -> np.ndarray:
-        graph = coo_array((np.ones(len(links), bool), (links[:, 0], links[:, 1])), shape=(len(cubes),) * 2)
-        return connected_components(graph, directed=False)[1]
-
-    links = pairs[distance <= chord]
-    labels = label(links)
+    pairs = KDTree(cubes * side).query_pairs(2 * distance, output_type="ndarray")
+    apart = np.linalg.norm(xyz[first[pairs[:, 0]]] - xyz[first[pairs[:, 1]]], axis=1)
+    labels = connected_groups(len(cubes), pairs[apart <= distance])
     # what the first points of two cubes did not link, any two of their points may
-    count = np.bincount(cube)
-    open_ = (labels[pairs[:, 0]] != labels[pairs[:, 1]]) & (count[pairs].max(axis=1, initial=0) > 1)
-    more = _links_between(xyz, cube, pairs[open_][np.argsort(distance[open_], kind="stable")], labels, chord)
-    return label(np.concatenate([links, more]))[cube]
+    undecided = (labels[pairs[:, 0]] != labels[pairs[:, 1]]) & (np.bincount(cube)[pairs].max(axis=1, initial=0) > 1)
+    nearest_first = pairs[undecided][np.argsort(apart[undecided], kind="stable")]
+    return _joined(labels, nearest_first, xyz, cube, distance)[cube]
 
 
-def _links_between(
-    xyz: np.ndarray, cube: np.ndarray, pairs: np.ndarray, labels: np.ndarray, chord: float
-) -> np.ndarray:
-    """Return those of `pairs` (of cubes) that hold two points nearer than `chord`, as far as they join anything."""
-    from scipy.spatial import cKDTree
+def _joined(labels: np.ndarray, pairs: np.ndarray, xyz: np.ndarray, cube: np.ndarray, distance: float) -> np.ndarray:
+    """Return the labels of cubes, those of `pairs` made one where two of their points are nearer than `distance`."""
+    from scipy.spatial import KDTree
 
     if not len(pairs):
-        return pairs.reshape(0, 2)
+        return labels
     by_cube = np.split(np.argsort(cube, kind="stable"), np.cumsum(np.bincount(cube))[:-1])
-    parent = list(range(int(labels.max()) + 1))
-
-    def root(k: int) -> int:
-        while parent[k] != k:
-            parent[k] = k = parent[parent[k]]
-        return k
-
-    found = []
+    labels = labels.copy()
     for a, b in pairs:
-        ra, rb = root(labels[a]), root(labels[b])
-        if ra == rb:
+        if labels[a] == labels[b]:
             continue
-        nearest, _ = cKDTree(xyz[by_cube[a]]).query(xyz[by_cube[b]], distance_upper_bound=chord * (1 + 1e-12))
+        nearest, _ = KDTree(xyz[by_cube[a]]).query(xyz[by_cube[b]], distance_upper_bound=distance * (1 + 1e-12))
         if np.isfinite(nearest).any():
-            parent[ra] = rb
-            found.append((a, b))
-    return np.array(found, pairs.dtype).reshape(-1, 2)
+            labels[labels == labels[b]] = labels[a]
+    return labels
 
 
-def _threshold_for(xyz: np.ndarray, codes: np.ndarray, threshold: float, target: int, largest: float | None) -> float:
-    """Return the smallest threshold (to 1 %) from `threshold` on that leaves at most `target` components."""
-    largest = 180.0 if largest is None else max(largest, threshold)
+def _threshold_for(xyz: np.ndarray, codes: np.ndarray, grouping: Grouping) -> float:
+    """Return the smallest threshold (to 1 %) from that of `grouping` on that leaves few enough components."""
+    threshold, target, field = grouping.threshold_deg, grouping.target_groups, grouping.field_deg
+    largest = 180.0 if field is None else max(field, threshold)
 
     def enough(value: float) -> bool:
         return len(_components_of_mounts(xyz, codes, value)) <= target
@@ -301,6 +308,8 @@ def _along_longest(points: np.ndarray) -> np.ndarray:
 
 
 def _cut_to_extent(group: np.ndarray, xyz: np.ndarray, limit: float) -> list[np.ndarray]:
+    if len(group) == 1:  # most groups of the whole sky
+        return [group]
     done, open_ = [], [group]
     while open_:
         part = open_.pop()
@@ -314,8 +323,11 @@ def _cut_to_extent(group: np.ndarray, xyz: np.ndarray, limit: float) -> list[np.
     return done
 
 
-def _split_to_cap(group: np.ndarray, xyz: np.ndarray, cap: int, min_cap: int, same_place: float) -> list[np.ndarray]:
-    """Split evenly into as few parts of at most `cap` as possible, each of at least `min_cap`."""
+def split_to_cap(group: np.ndarray, xyz: np.ndarray, cap: int, min_cap: int, same_place: float) -> list[np.ndarray]:
+    """Split a group of places (N, 3) evenly into as few parts of at most `cap` as possible, each of at least `min_cap`.
+
+    By place, but in order where the places spread by no more than `same_place`.
+    """
     count = math.ceil(len(group) / cap)
     if min_cap > 0:
         count = max(1, min(count, len(group) // min(min_cap, cap)))
@@ -335,10 +347,9 @@ def _split_to_cap(group: np.ndarray, xyz: np.ndarray, cap: int, min_cap: int, sa
     return done
 
 
-def _by_position(groups: list[np.ndarray], xyz: np.ndarray) -> list[np.ndarray]:
-    def key(group: np.ndarray) -> tuple[float, float, int]:
-        x, y, z = xyz[group].mean(axis=0)
-        ra, dec = math.degrees(math.atan2(y, x)) % 360, math.degrees(math.atan2(z, math.hypot(x, y)))
-        return round(ra, 6) % 360, round(dec, 6), int(group[0])
-
-    return sorted(groups, key=key)
+def by_position(groups: Sequence[np.ndarray], xyz: np.ndarray) -> list[np.ndarray]:
+    """Return groups of places (N, 3) by right ascension and declination of their centres."""
+    centres = np.array([xyz[group].mean(axis=0) for group in groups]).reshape(-1, 3)
+    ra, dec = np.round(directions_of(centres), 6).T
+    order = np.lexsort(([group[0] for group in groups], dec, ra % 360))
+    return [groups[k] for k in order]

@@ -15,7 +15,7 @@ from zemosaic_pipeline.platesolve.base import Hints, Solution, SolveError, Solve
 from zemosaic_pipeline.platesolve.choose import choose_solver
 from zemosaic_pipeline.raw.solved import MeasuredFrame, SolvedFrame, field_of
 from zemosaic_pipeline.resume.pieces import PLATE_SOLUTION
-from zemosaic_pipeline.sky import separation
+from zemosaic_pipeline.sky import chord, icrs_centre, separation, unit_vectors
 from zemosaic_pipeline.stars.matching import pointing_disagrees, transfer_wcs
 
 #: Solved frames whose stars an unsolved one is compared with.
@@ -141,7 +141,8 @@ class Solving:
         items = list(self.solved.values())
         if frame.ra is None or frame.dec is None:
             return items[:NEIGHBOURS]
-        distance = np.array([separation(frame.ra, frame.dec, *item.centre) for item in items])
+        centres = np.array([item.centre for item in items]).reshape(-1, 2)
+        distance = separation(frame.ra, frame.dec, *centres.T)
         order = np.argsort(distance, kind="stable")[:NEIGHBOURS]
         return [items[k] for k in order if distance[k] < 2 * field_of(frame)]
 
@@ -181,9 +182,8 @@ def neighbourhood(items: Sequence[SolvedFrame]) -> list[list[int]]:
     """Of every frame those whose middle lies within a quarter of its shorter side, itself included."""
     from scipy.spatial import cKDTree
 
-    ra, dec = np.radians([item.centre for item in items]).T
-    points = np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=1)
-    reach = np.radians([field_of(item.frame) / 4 for item in items])
+    points = unit_vectors(*np.transpose([item.centre for item in items]))
+    reach = [chord(field_of(item.frame) / 4) for item in items]
     return cKDTree(points).query_ball_point(points, reach)
 
 
@@ -192,9 +192,7 @@ def contradiction(item: SolvedFrame, other: SolvedFrame) -> str | None:
     wcs = transfer_wcs(item.stars, other.stars, other.wcs.deepcopy(), item.frame.scale)
     if wcs is None:
         return None
-    height, width = item.frame.shape
-    there = wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
-    away = separation(*item.centre, float(there.ra.deg), float(there.dec.deg))
+    away = separation(*item.centre, *icrs_centre(wcs, item.frame.shape))
     # what overlaps by a strip is placed by it to some pixels; a mount's own errors are smaller than a tenth of the field
     if away < field_of(item.frame) / 10:
         return None

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from zemosaic_pipeline.errors import UsageError
-from zemosaic_pipeline.phases.clustering import group_frames, linking_length
+from zemosaic_pipeline.phases.clustering import Grouping, group_frames, linking_length
 from zemosaic_pipeline.phases.run import Run, nothing_usable
 from zemosaic_pipeline.raw.solved import PointedFrame, SolvedFrame, field_of
 from zemosaic_pipeline.settings.settings import Settings
@@ -61,18 +61,22 @@ def planned_groups(frames: Sequence[SolvedFrame], groups: Sequence[Sequence[Path
 
 def grouped(settings: Settings, frames: Sequence[Pointed]) -> list[list[Pointed]]:
     """The panels that the settings of Phase 2 ask for."""
-    centres = np.array([item.centre for item in frames])
-    found = group_frames(
-        centres[:, 0],
-        centres[:, 1],
-        threshold_deg=linking_length(settings.cluster_panel_threshold, [field_of(item.frame) for item in frames]),
-        orientation_deg=[item.orientation for item in frames],
+    fields = [field_of(item.frame) for item in frames]
+    grouping = Grouping(
+        threshold_deg=linking_length(settings.cluster_panel_threshold, fields),
         orientation_split_deg=settings.cluster_orientation_split_deg,
-        mount=[item.frame.mount or "" for item in frames],
         target_groups=settings.cluster_target_groups,
+        field_deg=float(np.median(fields)),
         cap=settings.max_raw_per_master_tile,
         auto_cap=settings.auto_limit_frames_per_master_tile,
+    )
+    ra, dec = np.transpose([item.centre for item in frames])
+    found = group_frames(
+        ra,
+        dec,
+        grouping,
+        orientation_deg=[item.orientation for item in frames],
+        mount=[item.frame.mount or "" for item in frames],
         order=[item.frame.date or item.name for item in frames],
-        field_deg=float(np.median([field_of(item.frame) for item in frames])),
     )
     return [[frames[k] for k in members] for members in found]

@@ -21,6 +21,7 @@ from astropy.wcs import WCS, WcsError
 
 from zemosaic_pipeline.errors import Cancelled
 from zemosaic_pipeline.fits.headers import quiet
+from zemosaic_pipeline.sky import pixel_scale
 
 _POLL = 0.1  # s between two looks at `cancelled`
 _OUTPUT_LIMIT = 65536  # bytes of a program's output that are kept: its last ones
@@ -259,7 +260,7 @@ def wcs_header(cards: Iterable[tuple[str, Any]], hints: Hints) -> fits.Header:
         with quiet():
             wcs = WCS(header)
             sky = wcs.all_pix2world([[0, 0], [width - 1, 0], [0, height - 1]], 0) if wcs.has_celestial else [math.nan]
-            scale = 3600 * math.sqrt(abs(np.linalg.det(wcs.pixel_scale_matrix)))
+            scale = 3600 * pixel_scale(wcs)
     except (WcsError, fits.VerifyError, ValueError, TypeError) as error:
         raise SolveError(f"The solver's answer is not a WCS ({error}).") from error
     if not np.isfinite(sky).all() or not 0.001 < scale < 3600:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from astropy.io import fits
 from astropy.wcs import WCS
-from astropy.wcs.utils import proj_plane_pixel_scales
 
 from zemosaic_pipeline.errors import UnusableFile
 from zemosaic_pipeline.fits.headers import frame_count
+from zemosaic_pipeline.sky import icrs_centre, pixel_scale
 
 PATTERNS = ("RGGB", "GRBG", "GBRG", "BGGR")
 """Bayer patterns: colours of the pixels (0, 0), (0, 1), (1, 0), (1, 1) as (row, column)."""
@@ -64,13 +64,13 @@ def read_facts(header: fits.Header, primary: fits.Header, wcs: WCS | None = None
     """
     ra, dec = _pointing(header, primary)
     if ra is None and wcs is not None:
-        ra, dec = _centre(wcs)
+        ra, dec = icrs_centre(wcs, wcs.array_shape)
     return Facts(
         exposure=_positive(_number(header, primary, "EXPTIME", "EXPOSURE")),
         temperature=_number(header, primary, "CCD-TEMP", "CCD_TEMP", "SENSTEMP"),
         ra=ra,
         dec=dec,
-        scale=_optical_scale(header, primary) if wcs is None else _wcs_scale(wcs),
+        scale=_optical_scale(header, primary) if wcs is None else 3600 * pixel_scale(wcs),
         mount={0: "altaz", 1: "eq"}.get(_number(header, primary, "EQMODE")),
         date=header_text(header, primary, "DATE-OBS"),
     )
@@ -157,19 +157,6 @@ def _angle(value: object) -> float | None:
         return None
     size = float(found[2]) + minutes / 60 + seconds / 3600
     return -size if found[1] == "-" else size
-
-
-def _centre(wcs: WCS) -> tuple[float, float]:
-    """Sky position of the image's centre, degrees ICRS."""
-    width, height = wcs.pixel_shape
-    sky = wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
-    return float(sky.ra.deg), float(sky.dec.deg)
-
-
-def _wcs_scale(wcs: WCS) -> float:
-    """Geometric mean of the two axes, arcseconds per pixel."""
-    x, y = proj_plane_pixel_scales(wcs)
-    return float(math.sqrt(x * y) * 3600)
 
 
 def _optical_scale(header: fits.Header, primary: fits.Header) -> float | None:

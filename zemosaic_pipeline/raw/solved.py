@@ -10,6 +10,7 @@ from astropy.wcs import WCS
 
 from zemosaic_pipeline.raw.frame import Frame
 from zemosaic_pipeline.resample.survey import TileSurvey
+from zemosaic_pipeline.sky import icrs_centre
 from zemosaic_pipeline.stars.detection import Stars
 
 
@@ -39,10 +40,8 @@ class PointedFrame:
 
     @cached_property
     def centre(self) -> tuple[float, float]:
-        """Right ascension and declination of the frame's middle in degrees."""
-        height, width = self.frame.shape
-        sky = self.wcs.pixel_to_world((width - 1) / 2, (height - 1) / 2).icrs
-        return float(sky.ra.deg), float(sky.dec.deg)
+        """Right ascension and declination of the frame's middle in degrees, ICRS."""
+        return icrs_centre(self.wcs, self.frame.shape)
 
     @property
     def orientation(self) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from astropy import units
-from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
 from astropy.wcs.utils import celestial_frame_to_wcs, wcs_to_celestial_frame
@@ -16,7 +15,15 @@ from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.fits.headers import read_wcs_file
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.settings.settings import Settings
-from zemosaic_pipeline.sky import image_centre, least_rectangle, middle_of, pixel_scale
+from zemosaic_pipeline.sky import (
+    directions_of,
+    icrs_centre,
+    least_rectangle,
+    most_central,
+    pixel_scale,
+    separation,
+    unit_vectors,
+)
 
 #: A mosaic with this many times the pixels of all tiles together holds a tile that does not belong there.
 ABSURDLY_EMPTY = 50
@@ -100,12 +107,10 @@ def _common_frame_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> tuple
         references.append(tile.wcs.all_pix2world([tile.wcs.wcs.crpix], 1))
         x, y = np.array([-0.5, width - 0.5, width - 0.5, -0.5]), np.array([-0.5, -0.5, height - 0.5, height - 0.5])
         corners.append(tile.wcs.all_pix2world(np.stack([x, y], axis=1), 0))
-    lon, lat = np.deg2rad(np.concatenate(references)).T
-    middle = np.mean([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+    # each coordinate is summed by itself, as reproject has it: the last bits are those of its answer
+    x, y, z = unit_vectors(*np.concatenate(references).T).T.copy()
     wcs = celestial_frame_to_wcs(frame, projection="TAN")
-    wcs.wcs.crval = np.rad2deg(
-        [np.arctan2(middle[1], middle[0]) % (2 * np.pi), np.arctan2(middle[2], np.hypot(*middle[:2]))]
-    )
+    wcs.wcs.crval = directions_of([x.mean(), y.mean(), z.mean()])
     wcs.wcs.cdelt = -scale, scale
     wcs.wcs.crpix = 1, 1
     pixels = wcs.wcs_world2pix(np.concatenate(corners), 1)
@@ -129,17 +134,21 @@ def wanted_scale(tiles: Sequence[Tile], settings: Settings) -> float:
 
 def refuse_scattered(tiles: Sequence[Tile], max_gigapixels: float, scale: float) -> None:
     """Raise :class:`UsageError` where the tiles lie so far apart that no tangent plane can hold them."""
-    centres = SkyCoord([image_centre(tile.wcs, tile.shape) for tile in tiles])
-    spread = centres.separation(middle_of(centres)).deg
-    side = 2 * float(spread.max()) / scale
-    if spread.max() > 60 or side * side > 4 * max_gigapixels * 1e9:
+    farthest = float(distances_from_middle(tiles).max())
+    side = 2 * farthest / scale
+    if farthest > 60 or side * side > 4 * max_gigapixels * 1e9:
         raise UsageError(too_large(tiles, side * side, max_gigapixels))
+
+
+def distances_from_middle(tiles: Sequence[Tile]) -> np.ndarray:
+    """How far each tile's middle lies from that of the most central tile: degrees, float64 (N,)."""
+    centres = np.array([icrs_centre(tile.wcs, tile.shape) for tile in tiles])
+    return separation(*centres.T, *most_central(centres))
 
 
 def too_large(tiles: Sequence[Tile], pixels: float, limit: float) -> str:
     """The sentence that refuses an absurdly large mosaic and names the tile farthest out."""
-    centres = SkyCoord([image_centre(tile.wcs, tile.shape) for tile in tiles])
-    distance = centres.separation(middle_of(centres)).deg
+    distance = distances_from_middle(tiles)
     worst = int(np.argmax(distance))
     return (
         f"the mosaic would have {pixels / 1e9:.3g} gigapixels (max_output_gigapixels is {limit:g}), absurdly many: "

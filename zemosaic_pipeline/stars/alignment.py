@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from astropy.wcs import WCS
 
-from zemosaic_pipeline.sky import scale_of, separation, sky_of, tangent_plane
+from zemosaic_pipeline.sky import image_centre, median_direction, pixel_to_sky, scale_of, separation, tangent_plane
 from zemosaic_pipeline.stars.detection import Stars, position_error
-from zemosaic_pipeline.stars.matching import Affine, fit_affine, middle_of, moved_wcs, mutual_matches
+from zemosaic_pipeline.stars.matching import Affine, fit_affine, moved_wcs, mutual_matches
 
 _STARS_USED = 300
 _VOTERS = 150
@@ -122,10 +122,8 @@ def align_frames(
         return []
     shapes = [shape] * len(stars) if np.ndim(shape) == 1 else list(shape)
     scale = float(np.median([scale_of(w) for w in wcs]))
-    centres = np.array(
-        [sky_of(w, np.array([[(s[1] - 1) / 2, (s[0] - 1) / 2]]))[0] for w, s in zip(wcs, shapes, strict=True)]
-    )
-    plane = tangent_plane(*middle_of(centres), scale)
+    centres = np.array([image_centre(w, s) for w, s in zip(wcs, shapes, strict=True)])
+    plane = tangent_plane(*median_direction(centres), scale)
     views = [_view(s, w, h, plane) for s, w, h in zip(stars, wcs, shapes, strict=True)]
     result = [Refined(w) for w in wcs]
     groups, against = _groups(views, plane)
@@ -162,7 +160,7 @@ def _on(plane: WCS, wcs: WCS, pixels: np.ndarray) -> np.ndarray:
     """Return pixels (N, 2) of a frame on the plane; far away what the plane does not show."""
     if not len(pixels):
         return pixels.reshape(0, 2)
-    found = plane.wcs_world2pix(sky_of(wcs, pixels), 0)
+    found = plane.wcs_world2pix(pixel_to_sky(wcs, pixels), 0)
     return np.where(np.isfinite(found), found, 1e9)
 
 

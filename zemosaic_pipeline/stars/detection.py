@@ -21,7 +21,7 @@ What the stars of several frames say about their WCS: `stars.matching`, `stars.a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -54,8 +54,8 @@ class Stars:
         Pixels; ratio of the axes.
     background, noise : float
         Median level of the frame's background and standard deviation of a pixel's noise, in units of the image.
-    flat : ndarray of bool, shape (N,)
-        Stars with a flat top, which are saturated: their position is good, their flux is not.
+    saturated : ndarray of bool, shape (N,)
+        Stars with a flat top: their position is good, their flux is not.
     """
 
     x: np.ndarray
@@ -65,11 +65,13 @@ class Stars:
     elongation: np.ndarray
     background: float
     noise: float
-    flat: np.ndarray = field(default=None)  # type: ignore[assignment]
+    saturated: np.ndarray
 
-    def __post_init__(self) -> None:
-        if self.flat is None:
-            object.__setattr__(self, "flat", np.zeros(len(self.x), bool))
+    @classmethod
+    def none(cls, background: float, noise: float) -> Stars:
+        """No stars, on such a background."""
+        x, y, flux, fwhm, elongation = np.zeros((5, 0))
+        return cls(x, y, flux, fwhm, elongation, background, noise, np.zeros(0, bool))
 
     def __len__(self) -> int:
         return len(self.x)
@@ -112,17 +114,13 @@ def find_stars(image: np.ndarray, limit: int = 1500) -> Stars:
     missing = ~np.isfinite(data)
     mask = missing if missing.any() else None
     if missing.all() or min(data.shape) < 16:
-        return _no_stars(np.nan, 0.0)
+        return Stars.none(np.nan, 0.0)
     if mask is not None:
         data[missing] = 0
     background, noise = _subtract_background(data, mask)
     if not noise > 0:
-        return _no_stars(background, 0.0)
+        return Stars.none(background, 0.0)
     return _measure(data, mask, _extract(data, mask, noise), limit, background, noise)
-
-
-def _no_stars(background: float, noise: float) -> Stars:
-    return Stars(*np.zeros((5, 0)), background, noise)
 
 
 def _subtract_background(data: np.ndarray, mask: np.ndarray | None) -> tuple[float, float]:
@@ -165,7 +163,7 @@ def _measure(
     table = table[(table["flag"] & _FLAG_TRUNCATED) == 0]
     table = table[np.argsort(-table["flux"], kind="stable")][: 2 * limit + 100]
     if not len(table):
-        return _no_stars(background, noise)
+        return Stars.none(background, noise)
     first = np.clip(np.median(2.3548 * np.sqrt(table["a"] * table["b"])[:200]), 1.5, 30)
     x, y, cut = _positions(data, mask, table, first)
     reach = np.full(len(x), max(2 * first, 4.0))  # of a Gaussian, all but 2e-5; farther out is noise
@@ -173,15 +171,15 @@ def _measure(
     elongation = table["a"] / np.maximum(table["b"], 0.3)
     good = ~cut & (fwhm >= _SMALLEST) & ~_single_pixels(data, table)
     if not good.any():
-        return _no_stars(background, noise)
+        return Stars.none(background, noise)
     typical = np.median(fwhm[good][:200])
     flux = sep.sum_circle(data, x, y, max(1.5 * typical, 2.0), mask=mask, subpix=5)[0]
     long = (elongation > 3) & (table["a"] > 4 * np.median(table["a"][good][:200]))
     good &= (fwhm >= typical / 2) & ~long & (flux > 0)
     order = np.flatnonzero(good)
     order = order[np.argsort(-flux[order], kind="stable")][:limit]
-    columns = (np.asarray(c, float)[order] for c in (x, y, flux, fwhm, elongation))
-    return Stars(*columns, background, noise, _flat_tops(data, table)[order])
+    x, y, flux, fwhm, elongation = (np.asarray(c, float)[order] for c in (x, y, flux, fwhm, elongation))
+    return Stars(x, y, flux, fwhm, elongation, background, noise, _flat_tops(data, table)[order])
 
 
 def _positions(

@@ -20,7 +20,7 @@ from itertools import combinations
 import numpy as np
 from astropy.wcs import WCS, Sip
 
-from zemosaic_pipeline.sky import scale_of, separation, sky_of, tangent_plane
+from zemosaic_pipeline.sky import image_centre, median_direction, pixel_to_sky, scale_of, separation, tangent_plane
 from zemosaic_pipeline.stars.detection import Stars
 
 # ------------------------------------------------------------------------------------------- linear maps of pixels
@@ -91,13 +91,6 @@ def mutual_matches(a: np.ndarray, b: np.ndarray, radius: float) -> tuple[np.ndar
     mine = np.flatnonzero(np.isfinite(distance))
     mine = mine[back[there[mine]] == mine]
     return mine, there[mine]
-
-
-def middle_of(radec: np.ndarray) -> tuple[float, float]:
-    """Return the median direction of directions (N, 2), in degrees."""
-    a, d = np.radians(radec).T
-    x, y, z = np.median([np.cos(d) * np.cos(a), np.cos(d) * np.sin(a), np.sin(d)], axis=1)
-    return math.degrees(math.atan2(y, x)) % 360, math.degrees(math.atan2(z, math.hypot(x, y)))
 
 
 # ------------------------------------------------------------------------------------------------ transferred WCS
@@ -234,17 +227,17 @@ def _verified(guess: Affine, mine: np.ndarray, theirs: np.ndarray) -> tuple[np.n
 
 def _solution(i: np.ndarray, j: np.ndarray, mine: np.ndarray, theirs: np.ndarray, reference: WCS) -> WCS | None:
     """Fit a TAN WCS with the reference's CRPIX and SIP to matched stars; None where it does not fit to a pixel."""
-    pixels, sky = mine[i], sky_of(reference, theirs[j])
+    pixels, sky = mine[i], pixel_to_sky(reference, theirs[j])
     if len(i) < 20:
         # too few for a free fit: the rotation and shift between the frames, put on a grid
         similar = fit_affine(mine[i], theirs[j], np.ones(len(i)), "similar")
         low, high = theirs.min(axis=0), theirs.max(axis=0)
         grid = np.stack(np.meshgrid(*np.linspace(low, high, 4).T), axis=-1).reshape(-1, 2)
         pixels = (grid - similar.shift) @ np.linalg.inv(similar.matrix).T
-        sky = sky_of(reference, grid)
+        sky = pixel_to_sky(reference, grid)
     wcs = WCS(naxis=2)
     wcs.wcs.crpix = reference.wcs.crpix
-    wcs.wcs.crval = middle_of(sky)
+    wcs.wcs.crval = median_direction(sky)
     wcs.wcs.radesys, wcs.wcs.equinox = reference.wcs.radesys, reference.wcs.equinox
     suffix = "" if reference.sip is None else "-SIP"
     wcs.wcs.ctype = ["RA---TAN" + suffix, "DEC--TAN" + suffix]
@@ -290,9 +283,7 @@ def pointing_disagrees(wcs: WCS, ra: float | None, dec: float | None, shape: tup
     """
     if ra is None or dec is None or not (math.isfinite(ra) and math.isfinite(dec)):
         return None
-    height, width = shape
-    centre = sky_of(wcs, np.array([[(width - 1) / 2, (height - 1) / 2]]))[0]
-    away = separation(*centre, ra, dec)
-    if away <= math.hypot(height, width) / 2 * scale_of(wcs):
+    away = separation(*image_centre(wcs, shape), ra, dec)
+    if away <= math.hypot(*shape) / 2 * scale_of(wcs):
         return None
     return f"has a WCS that is {away:.2f} degrees from where its header says that the telescope pointed"

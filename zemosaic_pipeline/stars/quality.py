@@ -68,7 +68,7 @@ def _unusable(stars: Stars) -> str | None:
 def _facts(stars: Stars) -> tuple[float, float, float, float]:
     """Elongation, FWHM and flux of the brightest stars, and their number."""
     bright = slice(0, max(10, min(60, len(stars.x) // 2)))
-    counts = ~stars.flat[:20] if (~stars.flat[:20]).any() else slice(None)
+    counts = ~stars.saturated[:20] if (~stars.saturated[:20]).any() else slice(None)
     return (
         float(np.median(stars.elongation[bright])),
         float(np.median(stars.fwhm[bright])),
