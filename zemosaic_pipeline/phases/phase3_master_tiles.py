@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -29,8 +28,10 @@ from zemosaic_pipeline.host.progress import Reporter
 from zemosaic_pipeline.phases.phase4_grid import lay_out
 from zemosaic_pipeline.phases.phase5_normalise import Scene, normalise
 from zemosaic_pipeline.phases.run import BLOCK_SHARE, STORE_SHARE, Run, set_frame_aside
+from zemosaic_pipeline.pixels.backend_base import Backend
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
 from zemosaic_pipeline.raw.solved import SolvedFrame
-from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resample.output_grid import grid_header
 from zemosaic_pipeline.resample.pixel_store import PixelStore
@@ -46,13 +47,6 @@ HUBS = 1
 CELL = 8
 #: Width of the ramp at a frame's edge, in pixels.
 FEATHER = 24.0
-#: Ways of rejection, as Phase 5's engine calls them.
-REJECTION = {
-    "none": "mean",
-    "kappa_sigma": "sigma_clip",
-    "winsorized_sigma_clip": "winsorized_clip",
-    "linear_fit_clip": "linear_fit_clip",
-}
 
 
 def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], scratch: Path) -> list[Tile]:
@@ -294,11 +288,11 @@ def expected_noise(scene: Scene) -> np.ndarray:
 
 def stack_options(settings: Settings) -> CoaddOptions:
     """How the frames of a panel are combined."""
-    combine = REJECTION[settings.stacking_rejection_algorithm]
+    combine = CombineMethod(settings.stacking_rejection_algorithm)
     if settings.stacking_final_combine_method == "median":
-        combine = "median"
+        combine = CombineMethod.MEDIAN
     return CoaddOptions(
-        kernel=settings.kernel,
+        kernel=ResamplingKernel(settings.kernel),
         combine=combine,
         kappa_low=settings.stacking_kappa_low,
         kappa_high=settings.stacking_kappa_high,
@@ -315,7 +309,7 @@ def write_stack(sub: Run, settings: Settings, scene: Scene, header: fits.Header,
     options = stack_options(settings)
     full = sum(item.weight for item in scene.placed)
 
-    def step(backend: Any) -> None:
+    def step(backend: Backend) -> None:
         limit = backend.free_bytes(settings.parallel_gpu_vram_fraction)
         budget = int(BLOCK_SHARE * settings.memory_budget)
         budget = budget if limit is None else min(limit, 4 * budget)
@@ -329,18 +323,8 @@ def write_stack(sub: Run, settings: Settings, scene: Scene, header: fits.Header,
                 alpha[weights == 0] = 0
                 writer.write_alpha(block[0], block[2], alpha)
 
-            coadd(
-                scene.placed,
-                scene.solution,
-                shape,
-                options,
-                scene.store,
-                backend,
-                sink,
-                budget,
-                sub.jobs,
-                sub.cancelled,
-            )
+            plan = CoaddPlan(scene.placed, scene.solution, scene.grid, options, scene.store)
+            coadd(plan, backend, sink, budget, sub.jobs, sub.cancelled)
             sub.check()
 
     sub.switch.run(step)

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -17,7 +16,9 @@ from zemosaic_pipeline.phases.phase5_canvas import Canvas, ColourAdjustment, Cov
 from zemosaic_pipeline.phases.phase5_normalise import Scene
 from zemosaic_pipeline.phases.phase6_save import save_preview
 from zemosaic_pipeline.phases.run import BLOCK_SHARE, Run
-from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.pixels.backend_base import Backend
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resume.pieces import block_journal
 from zemosaic_pipeline.settings.settings import Settings
@@ -57,8 +58,8 @@ def coadd_to_disk(
     """
     settings = run.settings
     options = CoaddOptions(
-        kernel=settings.kernel,
-        combine=settings.combine_method,
+        kernel=ResamplingKernel(settings.kernel),
+        combine=CombineMethod(settings.combine_method),
         kappa_low=settings.kappa_low,
         kappa_high=settings.kappa_high,
         winsor_limits=settings.winsor_limits,
@@ -72,7 +73,7 @@ def coadd_to_disk(
     rows_before = 0 if coverage is not None else shape[0]
     rows_total = shape[0] * (2 if wants_aesthetic(settings) else 1)
 
-    def step(backend: Any) -> CoaddResult:
+    def step(backend: Backend) -> CoaddResult:
         journal = block_journal(
             run.kept, settings, product, scene.grid, scene.placed, solution, header, adjust and adjust.numbers, backend
         )
@@ -95,24 +96,13 @@ def coadd_to_disk(
             if done:
                 share = f"{100 * canvas.rows_done / shape[0]:.0f} %"
                 run.reporter.info("", f"resume: {share} of the {product} mosaic is there from the stopped run")
+            plan = CoaddPlan(scene.placed, solution, scene.grid, options, scene.store)
             if settings.engine == "reproject":
                 from zemosaic_pipeline.reproject_compat.engine import coadd_with_reproject
 
-                coadd_with_reproject(scene.placed, solution, scene.grid, options, scene.store, sink, run.cancelled)
+                coadd_with_reproject(plan, sink, run.cancelled)
             else:
-                coadd(
-                    scene.placed,
-                    solution,
-                    shape,
-                    options,
-                    scene.store,
-                    backend,
-                    sink,
-                    budget,
-                    run.jobs,
-                    run.cancelled,
-                    done,
-                )
+                coadd(plan, backend, sink, budget, run.jobs, run.cancelled, done)
             run.check()
             run.reporter.stage("phase5_reproject", rows_before + shape[0], rows_total)
             picture = canvas.preview.image()

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -26,11 +25,12 @@ from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.host.threads import run_parallel
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, PairsInPassing
 from zemosaic_pipeline.phases.run import COARSE_SHARE, Run, nothing_usable
+from zemosaic_pipeline.pixels.backend_base import Backend
 from zemosaic_pipeline.pixels.backend_cpu import load_kernels
 from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
 from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
-from zemosaic_pipeline.resample.placed import PlacedTile, weighted
+from zemosaic_pipeline.resample.placed import PlacedTile, with_weights
 from zemosaic_pipeline.resample.survey import WEIGHT_CELL, TileSurvey
 from zemosaic_pipeline.resume.pieces import packed_solution, photometry_mark, survey, unpacked_solution
 from zemosaic_pipeline.settings.settings import Settings
@@ -145,7 +145,7 @@ def weigh(settings: Settings, item: PlacedTile, facts: TileSurvey) -> PlacedTile
             # weight 0 means "no data": a corner that no other tile covers must not become a hole
             max(settings.min_radial_weight_floor, 1e-3),
         )
-    return weighted(item, facts, weight, feather, radial)
+    return with_weights(item, facts, weight, feather, radial)
 
 
 def weigh_by_variance(
@@ -169,7 +169,7 @@ def solve(
     counts = overlap_counts(placed, grid.shape, cell)
     reporter.stage("phase5_intertile", 0, len(placed))
 
-    def step(backend: Any) -> tuple[str, PhotometricSolution, bool]:
+    def step(backend: Backend) -> tuple[str, PhotometricSolution, bool]:
         mark = photometry_mark(run.kept, settings, grid, placed, cell, backend) if run.kept.enabled else ""
         found = run.kept.load("photometry", "solution", mark)
         if found is not None:

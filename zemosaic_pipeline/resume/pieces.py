@@ -21,6 +21,7 @@ from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.files import pack, unpack
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.overlaps.pairs import PairRelation
+from zemosaic_pipeline.pixels.backend_base import Backend
 from zemosaic_pipeline.resample.output_grid import OutputGrid, grid_header
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile
@@ -68,14 +69,14 @@ def unpacked_survey(data: bytes) -> TileSurvey:
 
 
 def photometry_mark(
-    kept: Checkpoints, settings: Settings, grid: OutputGrid, placed: Sequence[PlacedTile], cell: int, backend: Any
+    kept: Checkpoints, settings: Settings, grid: OutputGrid, placed: Sequence[PlacedTile], cell: int, backend: Backend
 ) -> str:
     """Fingerprint of the photometric solution."""
     tiles = [(item.tile.name, kept.token(item.tile.path), item.tile.shape) for item in placed]
     return fingerprint("photometry", settings, backend_name(backend), cell, *exact_grid(grid), tiles)
 
 
-def backend_name(backend: Any) -> str:
+def backend_name(backend: Backend) -> str:
     """What computes the pixels: their last bits may depend on it."""
     return f"{backend.name} {getattr(backend, 'description', '')}"
 
@@ -170,7 +171,7 @@ def block_journal(
     solution: PhotometricSolution,
     header: fits.Header,
     adjustment: Sequence[Any] | None,
-    backend: Any,
+    backend: Backend,
 ) -> BlockJournal | None:
     """The journal of a mosaic; None where its blocks cannot be used again."""
     if not kept.enabled or settings.save_final_as_uint16 or settings.engine != "native":
