@@ -48,6 +48,8 @@ LOG_RATIO_FLOOR = 3e-4
 LOG_GAIN_PRIOR = 3.0
 #: Steps of the global solve with Huber's weights, before Cauchy's.
 HUBER_STEPS = 5
+#: Most steps of it.
+MOST_STEPS = 20
 #: Most tiles whose equations are solved as a full matrix.
 DENSE_TILES = 150
 #: Gains beyond this factor from their component's mean are not believed.
@@ -83,7 +85,8 @@ class PhotometricSolution:
 
     def row(self, tile: int) -> Normalisation:
         """What :func:`apply_photometric_normalization` takes for one tile."""
-        return tuple(tuple(map(float, values[tile])) for values in (self.gain, self.pivot, self.level))
+        gain, pivot, level = (tuple(map(float, values[tile])) for values in (self.gain, self.pivot, self.level))
+        return gain, pivot, level
 
     def subset(self, tiles: Sequence[int]) -> PhotometricSolution:
         """The solution of some of the tiles, for the coadd; pairs and warnings stay those of all."""
@@ -195,7 +198,7 @@ def compute_photometric_gains_and_offsets(
         excluded[worst] = True
     notes = [
         _notice(tiles[k], "bad_tile", "its values do not belong to this sky; left out of the mosaic")
-        for k in np.nonzero(excluded)[0]
+        for k in np.flatnonzero(excluded).tolist()
     ]
     return replace(solution, warnings=(*notes, *solution.warnings))
 
@@ -208,7 +211,7 @@ def absurd_levels(tiles: Sequence[CoarseTile]) -> np.ndarray:
     middle = np.median(sky, axis=0)
     deviation = np.abs(sky - middle)
     scale = np.maximum(np.abs(middle), np.median(deviation, axis=0))
-    return (deviation > 1000 * np.maximum(scale, 1e-30)).any(axis=1)
+    return np.any(deviation > 1000 * np.maximum(scale, 1e-30), axis=1)
 
 
 def worst_tile(solution: PhotometricSolution, tiles: Sequence[CoarseTile]) -> int | None:
@@ -300,16 +303,16 @@ def solve_gains(
     notes: list[Notice] = []
     while True:
         used = [p for p in edges if determined[p.i] and determined[p.j]]
+        i, j = tiles_of(used)
         linked = np.zeros(count, bool)
-        linked[[p.i for p in used]] = True
-        linked[[p.j for p in used]] = True
+        linked[i] = linked[j] = True
         log_gain, error = np.zeros((count, channels)), np.full((count, channels), np.inf)
         group = components(count, used)
         for c in range(channels):
             log_gain[:, c], error[:, c] = solve_differences(
                 count,
-                [p.i for p in used],
-                [p.j for p in used],
+                i,
+                j,
                 np.array([p.log_ratio[c] for p in used]),
                 np.hypot([p.log_ratio_se[c] for p in used], LOG_RATIO_FLOOR),
                 group,
@@ -331,14 +334,20 @@ def solve_gains(
             f"its overlaps have too little structure (or its gain would lie outside 1/{SANE_GAIN:g} .. {SANE_GAIN:g}); "
             "gain 1 in all channels, only its background is matched"
         )
-        notes = [_notice(tiles[k], "gain_undetermined", words) for k in np.nonzero(undetermined)[0]]
+        notes = [_notice(tiles[k], "gain_undetermined", words) for k in np.flatnonzero(undetermined).tolist()]
     return np.exp(log_gain), error, notes
+
+
+def tiles_of(pairs: Sequence[PairRelation]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers, int (P,), of the first and of the second tile of each pair."""
+    i, j = np.array([(p.i, p.j) for p in pairs], int).reshape(-1, 2).T
+    return i, j
 
 
 def solve_differences(
     count: int,
-    i: Sequence[int],
-    j: Sequence[int],
+    i: np.ndarray,
+    j: np.ndarray,
     difference: np.ndarray,
     sigma: np.ndarray,
     group: np.ndarray,
@@ -355,14 +364,13 @@ def solve_differences(
     -------
     x, standard_error : ndarray (count,)
     """
-    i, j = np.asarray(i, int), np.asarray(j, int)
     scale = float(np.median(sigma)) if len(sigma) else 1.0
     # a tiny ridge keeps tiles without any edge solvable; with edges the prior is felt in the ninth digit or not at all
     ridge = max((scale / prior) ** 2, 1e-12)
     weight = (scale / sigma) ** 2
     robust = np.ones(len(i))
-    x = np.zeros(count)
-    for step in range(20):
+    x, step = np.zeros(count), 0
+    while True:
         pull = weight * robust * difference
         right = np.bincount(i, pull, count) - np.bincount(j, pull, count)
         solve = bordered_solver(i, j, weight * robust, ridge, group)
@@ -374,6 +382,9 @@ def solve_differences(
         u = u / (3.0 * max(1.0, 1.4826 * float(np.median(u))))
         robust = 1 / np.maximum(u, 1.0) if step < HUBER_STEPS else 1 / (1 + u * u)
         if step > HUBER_STEPS and np.max(np.abs(x - previous)) < 1e-3 * scale / np.sqrt(count):
+            break
+        step += 1
+        if step == MOST_STEPS:
             break
     variance = np.diag(solve(np.eye(count)))
     spread = max(1.0, 1.4826 * float(np.median(np.abs(difference - x[i] + x[j]) / sigma))) if len(i) > count else 1.0
@@ -404,7 +415,7 @@ def solve_offsets(
     pairs: Sequence[PairRelation], gain: np.ndarray, component: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Levels (K, C) that make the normalised tiles agree in their overlaps, and their standard errors."""
-    i, j = [p.i for p in pairs], [p.j for p in pairs]
+    i, j = tiles_of(pairs)
     level, level_se = np.zeros(gain.shape), np.zeros(gain.shape)
     for c in range(gain.shape[1]):
         # mean_i / g_i + level_i = mean_j / g_j + level_j
@@ -446,7 +457,7 @@ def coverage_scale(coverage, blur):
     Parameters
     ----------
     coverage : array (H, W), floating
-        Sum of weights; 0 where nothing was seen.
+        Sum of weights; 0 where no tile has data.
     blur : callable
         Gaussian filter of the backend that holds ``coverage``.
 
@@ -456,12 +467,12 @@ def coverage_scale(coverage, blur):
         The scale and B.
     """
     xp = namespace(coverage)
-    seen = coverage > 0
+    covered = coverage > 0
     one = xp.ones_like(coverage)
-    support = blur(xp.where(seen, one, xp.zeros_like(coverage)))
+    support = blur(xp.where(covered, one, xp.zeros_like(coverage)))
     smooth = blur(coverage) / xp.where(support > 0, support, one)
-    scale = xp.clip(smooth / xp.where(seen, coverage, one), 0.5, 2.0)
-    return xp.where(seen, scale, one), smooth
+    scale = xp.clip(smooth / xp.where(covered, coverage, one), 0.5, 2.0)
+    return xp.where(covered, scale, one), smooth
 
 
 def coverage_gain(

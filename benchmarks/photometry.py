@@ -35,12 +35,12 @@ from zemosaic_photometry import PhotometricSolution, compute_photometric_gains_a
 from zemosaic_pipeline.fits.tile import array_tile
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
-from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd
 from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resample.output_grid import OutputGrid, choose_output_grid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
-from zemosaic_pipeline.resample.placed import PlacedTile, place_tiles, weighted
+from zemosaic_pipeline.resample.placed import PlacedTile, place_tiles, with_weights
 from zemosaic_pipeline.resample.survey import survey_tile
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.synthetic.panels import Layout, Panel, Sky, make_panels, make_sky, mosaic_shape
@@ -104,7 +104,7 @@ def make_scene(layout: Layout, seed: int, stars: int = 4000, nebula: float = 1.0
     surveys = [survey_tile(tile, store) for tile in tiles]
     feather = 0.1 * min(layout.shape)
     meshed = zip(place_tiles(tiles, grid), surveys, strict=True)
-    placed = [weighted(item, facts, 1.0, feather) for item, facts in meshed if item is not None]
+    placed = [with_weights(item, facts, 1.0, feather) for item, facts in meshed if item is not None]
     counts = overlap_counts(placed, grid.shape, CELL_PX)
     coarse = [measure_tile(p, s, counts, CELL_PX, store, backend) for p, s in zip(placed, surveys, strict=True)]
     return Scene(layout, sky, panels, grid, placed, store, coarse)
@@ -126,7 +126,7 @@ def mosaic(scene: Scene, solution: PhotometricSolution | None, only: Sequence[Pl
         values[:, block[0] : block[1], block[2] : block[3]] = part
         coverage[block[0] : block[1], block[2] : block[3]] = weight
 
-    coadd(placed, solution, scene.grid.shape, CoaddOptions(), scene.store, CpuBackend(), sink, 10**8, 2)
+    coadd(CoaddPlan(placed, solution, scene.grid, CoaddOptions(), scene.store), CpuBackend(), sink, 10**8, 2)
     return values, coverage
 
 

@@ -11,12 +11,12 @@ import pytest
 from scenes.places import NO_REAL_DATA
 from zemosaic_photometry import compute_photometric_gains_and_offsets
 from zemosaic_pipeline.fits.tile import Tile, array_tile
-from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd
 from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
-from zemosaic_pipeline.resample.placed import place_tiles, weighted
+from zemosaic_pipeline.resample.placed import place_tiles, with_weights
 from zemosaic_pipeline.resample.survey import survey_tile
 from zemosaic_pipeline.synthetic.panels import Layout, make_panels, make_sky, mosaic_shape
 
@@ -131,7 +131,7 @@ def run_phase5(switch, scene: SmallScene, options: CoaddOptions | None = None, b
     placed = place_tiles(scene.tiles, scene.grid)
     surveys = [survey_tile(tile, store) for tile in scene.tiles]
     placed = [
-        weighted(item, facts, weight, 8.0, scene.radial)
+        with_weights(item, facts, weight, 8.0, scene.radial)
         for item, facts, weight in zip(placed, surveys, scene.weights, strict=True)
     ]
     counts = overlap_counts(placed, scene.grid.shape, 2)
@@ -152,7 +152,7 @@ def run_phase5(switch, scene: SmallScene, options: CoaddOptions | None = None, b
             window = (slice(*block[:2]), slice(*block[2:]))
             image[(slice(None), *window)], coverage[window] = values, weights
 
-        coadd(placed, solution, scene.grid.shape, options, store, backend, sink, block_bytes)
+        coadd(CoaddPlan(placed, solution, scene.grid, options, store), backend, sink, block_bytes)
         return image, coverage
 
     image, coverage = switch.run(step)

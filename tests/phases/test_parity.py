@@ -23,10 +23,11 @@ from stand_ins.fake_cuda import PACES, Card, CUDARuntimeError, OutOfMemoryError
 from zemosaic_photometry import coverage_gain, coverage_scale, identity_solution
 from zemosaic_pipeline.fits.tile import array_tile
 from zemosaic_pipeline.pixels import backend_cuda
-from zemosaic_pipeline.pixels.backend_base import DeviceFailure
+from zemosaic_pipeline.pixels.backend_base import DeviceFailure, TilePart
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
 from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
-from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd
 from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
 from zemosaic_pipeline.resample.mesh import exact_mesh
 from zemosaic_pipeline.resample.options import CoaddOptions
@@ -153,7 +154,7 @@ def test_exact_meshes(card, scenes):
         def sink(block, values, weights, image=image):
             image[:, block[0] : block[1], block[2] : block[3]] = values
 
-        coadd(placed, None, scene.grid.shape, CoaddOptions(), store, backend, sink, 60_000)
+        coadd(CoaddPlan(placed, None, scene.grid, CoaddOptions(), store), backend, sink, 60_000)
         facts = survey_tile(placed[2].tile, store)
         results.append((image, measure_tile(placed[2], facts, counts, 4, store, backend).means))
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*results, strict=True))
@@ -182,7 +183,7 @@ def test_kernels_as_plain_python(monkeypatch, scenes, phase5, same):
                 out[:3, block[0] : block[1], block[2] : block[3]] = values
                 out[3, block[0] : block[1], block[2] : block[3]] = weights
 
-            coadd(placed, None, scene.grid.shape, options, store, backend, sink, 10**7)
+            coadd(CoaddPlan(placed, None, scene.grid, options, store), backend, sink, 10**7)
             found.append(out)
         assert np.array_equal(*found, equal_nan=True) and np.isfinite(found[0][:3]).mean() > 0.1
 
@@ -203,13 +204,15 @@ kernels = cuda_kernels(SimpleNamespace(jit=cuda.jit, grid=lambda n: _get_kernel_
 class Simulated(CpuBackend):
     def resample(self, source, p, values, weights, add):
         kernels["resample"][(1, 1), (5, 5)](
-            source, p.origin, p.shape, p.method, p.alpha, p.weight_map, p.spacing, p.feather, p.scale, *p.mesh, p.block,
+            source, p.origin, p.shape, int(p.kernel), p.alpha, p.weight_map, p.spacing, p.feather, p.scale, *p.mesh, p.block,
             p.rect, values, weights, add)
-    def measure(self, source, origin, shape, mesh, *rest):
-        kernels["measure"][(1, 1), (3, 3)](source, origin, shape, *mesh, *rest)
-    def combine(self, values, weights, method, options, out):
+    def measure(self, source, cells, sums, counts):
+        kernels["measure"][(1, 1), (3, 3)](
+            source, cells.origin, cells.shape, *cells.mesh, cells.cell_px, cells.every, cells.corner, cells.wanted, sums,
+            counts)
+    def combine(self, values, weights, method, limits, out):
         weights = np.repeat(weights[:, None], values.shape[1], axis=1)
-        kernels["combine"][(1, 1), (5, 5)](values.copy(), weights, method, *options, out)
+        kernels["combine"][(1, 1), (5, 5)](values.copy(), weights, int(method), *limits, out)
 
 for ours, expected in zip(trial(Simulated()), trial(CpuBackend(compiled=False)), strict=True):
     assert np.array_equal(ours, expected) and ours.any()
@@ -243,7 +246,7 @@ def test_c_a_solution_of_the_wrong_length_is_refused(card, scenes):
     for backend in (gpu_switch().gpu, CpuBackend()):
         with pytest.raises((IndexError, ValueError)):
             coadd(
-                placed, identity_solution(len(placed) - 1, 3), scene.grid.shape, CoaddOptions(), PixelStore(10**8),
+                CoaddPlan(placed, identity_solution(len(placed) - 1, 3), scene.grid, CoaddOptions(), PixelStore(10**8)),
                 backend, lambda *block: None, 10**6,
             )  # fmt: skip
 
@@ -276,11 +279,9 @@ def test_g_coordinates_that_are_not_finite_sample_nothing(card, scenes):
         mesh = replace(item.mesh, nodes=np.full_like(item.mesh.nodes, bad))
         height, width = item.rect[1] - item.rect[0], item.rect[3] - item.rect[2]
         for backend in (gpu_switch().gpu, CpuBackend()):
-            from zemosaic_pipeline.pixels.backend_base import TilePart
-
             part = TilePart(
-                (0, 0), item.tile.shape, 0, np.ones((1, 1, 1), np.float32), item.map(), 8.0, 0.0, 1.0, mesh.arguments,
-                (item.rect[0], item.rect[2]), item.rect,
+                (0, 0), item.tile.shape, ResamplingKernel.BILINEAR, np.ones((1, 1, 1), np.float32), item.weight_map, 8.0,
+                0.0, 1.0, mesh.arguments, (item.rect[0], item.rect[2]), item.rect,
             )  # fmt: skip
             values, weights = backend.zeros((3, height, width)), backend.zeros((height, width))
             backend.resample(backend.upload(item.tile.read_rows(0, 64)), part, values, weights, True)
@@ -464,7 +465,11 @@ def test_programming_errors_surface(card, error):
     with pytest.raises(error, match="a bug"):
         switch.run(step)
     with pytest.raises(TypeError, match="kernel"):
-        switch.run(lambda backend: backend.combine(*[np.ones((1, 1, 4, 4))] * 2, 0, (1.0,) * 4, np.ones((1, 4, 4))))
+        switch.run(
+            lambda backend: backend.combine(
+                *[np.ones((1, 1, 4, 4))] * 2, CombineMethod.MEAN, (1.0,) * 4, np.ones((1, 4, 4))
+            )
+        )
     assert not said and switch.name == "gpu"
 
 

@@ -14,6 +14,7 @@ from zemosaic_pipeline.pixels.backend_base import DeviceFailure, NoGpuSupport
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
 from zemosaic_pipeline.pixels.backend_cuda import is_device_error, open_cuda, slabs
 from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
+from zemosaic_pipeline.pixels.methods import CombineMethod
 
 # ------------------------------------------------------------------------------- helpers stay where their input is
 
@@ -250,7 +251,7 @@ def test_weights_of_all_channels_alike(monkeypatch):
         for given in (weights, np.repeat(weights[:, None], 2, axis=1)):
             out = backend.zeros((2, 5, 6))
             there = backend.upload(given.copy())
-            backend.combine(backend.upload(values.copy()), there, 0, (3.0, 3.0, 0.0, 0.0), out)
+            backend.combine(backend.upload(values.copy()), there, CombineMethod.MEAN, (3.0, 3.0, 0.0, 0.0), out)
             means.append(backend.download(out))
             if given is weights:
                 assert np.array_equal(backend.download(there), weights)

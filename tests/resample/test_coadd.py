@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -15,13 +16,16 @@ from reproject.mosaicking import reproject_and_coadd as reference_coadd
 from scipy import ndimage
 
 from zemosaic_photometry import identity_solution
+from zemosaic_pipeline.errors import Cancelled
 from zemosaic_pipeline.fits.tile import Tile, array_tile, open_tile
 from zemosaic_pipeline.host.threads import run_parallel
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
 from zemosaic_pipeline.reproject_compat.drop_in import reproject_and_coadd
+from zemosaic_pipeline.reproject_compat.engine import coadd_with_reproject
 from zemosaic_pipeline.resample.blocks import block_bytes, plan_blocks
-from zemosaic_pipeline.resample.coadd import coadd
-from zemosaic_pipeline.resample.options import COMBINE, CoaddOptions
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd
+from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import place_tiles
@@ -72,8 +76,8 @@ def mosaic(placed, grid, solution=None, *, memory=1 << 28, jobs=1, store=1 << 26
         assert (coverage[window] == -1).all()
         image[window], coverage[window] = values, weights
 
-    options = CoaddOptions(**options)
-    coadd(placed, solution, grid.shape, options, PixelStore(store), CpuBackend(), sink, memory, jobs)
+    plan = CoaddPlan(placed, solution, grid, CoaddOptions(**options), PixelStore(store))
+    coadd(plan, CpuBackend(), sink, memory, jobs)
     return image, coverage
 
 
@@ -159,7 +163,9 @@ def lanczos(data, y, x):
     return np.where(cut, bilinear(data, y, x), total / norm)
 
 
-@pytest.mark.parametrize(("kernel", "function"), [("bilinear", bilinear), ("lanczos3", lanczos)])
+@pytest.mark.parametrize(
+    ("kernel", "function"), [(ResamplingKernel.BILINEAR, bilinear), (ResamplingKernel.LANCZOS3, lanczos)]
+)
 @pytest.mark.parametrize("feather", [0.0, 12.0])
 def test_cpu_baseline_is_float64_brute_force(scene, kernel, function, feather):
     """Gains, offsets, weights, feather, NaN: an independent computation that no change may move away from."""
@@ -182,7 +188,15 @@ def test_cpu_baseline_is_float64_brute_force(scene, kernel, function, feather):
 # --------------------------------------------------------------------------------------------------- what must hold
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel": "lanczos3"}, {"combine": "sigma_clip"}, {"combine": "winsorized"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel": ResamplingKernel.LANCZOS3},
+        {"combine": CombineMethod.SIGMA_CLIP},
+        {"combine": CombineMethod.WINSORIZED},
+    ],
+)
 def test_blocks_jobs_and_strips_change_no_bit(borders, options):
     panels, grid = borders
     placed = place(panels, grid, feather=10.0)
@@ -192,7 +206,7 @@ def test_blocks_jobs_and_strips_change_no_bit(borders, options):
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(parts, whole, strict=True))
 
 
-@pytest.mark.parametrize("combine", ["mean", "median"])
+@pytest.mark.parametrize("combine", [CombineMethod.MEAN, CombineMethod.MEDIAN])
 @pytest.mark.parametrize("memory", [100_000, 1_000_000, 1 << 30])
 def test_blocks_tile_the_output_within_their_memory(borders, combine, memory):
     panels, grid = borders
@@ -206,7 +220,7 @@ def test_blocks_tile_the_output_within_their_memory(borders, combine, memory):
     assert len(blocks) > 4 if memory == 100_000 else len(blocks) >= 1
 
 
-@pytest.mark.parametrize("combine", [name for name in COMBINE if name not in ("first", "last")])
+@pytest.mark.parametrize("combine", [m for m in CombineMethod if m not in (CombineMethod.FIRST, CombineMethod.LAST)])
 def test_order_of_the_tiles_does_not_matter(borders, combine):
     panels, grid = borders
     placed = place(panels, grid, [1.0, 2.0, 0.5, 1.5], feather=10.0)
@@ -220,19 +234,22 @@ def test_order_of_the_tiles_does_not_matter(borders, combine):
 def test_first_and_last_change_places_with_the_order(borders):
     panels, grid = borders
     placed = place(panels, grid)
-    first, last = (mosaic(tiles, grid, combine=c)[0] for tiles, c in ((placed, "first"), (placed[::-1], "last")))
+    first, last = (
+        mosaic(tiles, grid, combine=c)[0]
+        for tiles, c in ((placed, CombineMethod.FIRST), (placed[::-1], CombineMethod.LAST))
+    )
     assert np.array_equal(first, last, equal_nan=True)
-    assert not np.array_equal(first, mosaic(placed, grid, combine="last")[0], equal_nan=True)
+    assert not np.array_equal(first, mosaic(placed, grid, combine=CombineMethod.LAST)[0], equal_nan=True)
 
 
 def test_sum_is_mean_times_coverage(borders):
     panels, grid = borders
     placed = place(panels, grid, [1.0, 2.0, 0.5, 1.5])
-    (total, coverage), (mean, _) = (mosaic(placed, grid, combine=c) for c in ("sum", "mean"))
+    (total, coverage), (mean, _) = (mosaic(placed, grid, combine=c) for c in (CombineMethod.SUM, CombineMethod.MEAN))
     assert np.allclose(total, mean * coverage, rtol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("options", [{"combine": c} for c in COMBINE] + [{"kernel": "lanczos3"}])
+@pytest.mark.parametrize("options", [{"combine": m} for m in CombineMethod] + [{"kernel": ResamplingKernel.LANCZOS3}])
 def test_tile_on_its_own_grid_comes_out_unchanged(borders, options):
     panel = borders[0][1]
     grid = OutputGrid(panel.wcs, panel.data.shape[1:])
@@ -241,7 +258,10 @@ def test_tile_on_its_own_grid_comes_out_unchanged(borders, options):
     assert np.array_equal(coverage, np.isfinite(panel.data[0]))
 
 
-@pytest.mark.parametrize("options", [{"combine": c} for c in COMBINE if c != "sum"] + [{"kernel": "lanczos3"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"combine": m} for m in CombineMethod if m is not CombineMethod.SUM] + [{"kernel": ResamplingKernel.LANCZOS3}],
+)
 def test_constant_stays_constant(scene, options):
     panels, grid = scene
     flat = [replace(panel, data=np.where(np.isnan(panel.data), np.nan, np.float32(1234.5))) for panel in panels]
@@ -282,14 +302,29 @@ def test_store_reads_a_plain_file_again_unless_a_pass_would_read_it_often(border
         )
 
 
-def test_cancelled_coadd_stops_between_blocks(borders):
+class OneBlockAtATime(CpuBackend):
+    """Blocks come in order from one thread, as on a card."""
+
+    parallel_blocks = False
+
+
+@pytest.mark.parametrize("backend", [CpuBackend(), OneBlockAtATime()])
+def test_cancelled_coadd_stops_between_blocks(borders, backend):
     panels, grid = borders
     done = []
-    coadd(
-        place(panels, grid), None, grid.shape, CoaddOptions(), PixelStore(0), CpuBackend(),
-        lambda block, *_: done.append(block), 100_000, 1, lambda: len(done) >= 1,
-    )  # fmt: skip
-    assert 1 <= len(done) < len(plan_blocks(grid.shape, place(panels, grid), CoaddOptions(), 100_000))
+    plan = CoaddPlan(place(panels, grid), None, grid, CoaddOptions(), PixelStore(0))
+    with suppress(Cancelled) if backend.parallel_blocks else pytest.raises(Cancelled):
+        coadd(plan, backend, lambda block, *_: done.append(block), 100_000, 1, lambda: len(done) >= 1)
+    assert 1 <= len(done) < len(plan_blocks(grid.shape, plan.placed, plan.options, 100_000))
+
+
+def test_cancelled_reproject_leaves_nothing(borders):
+    panels, grid = borders
+    done = []
+    plan = CoaddPlan(place(panels, grid), None, grid, CoaddOptions(), PixelStore(1 << 26))
+    with pytest.raises(Cancelled):
+        coadd_with_reproject(plan, lambda *block: done.append(block), lambda: True)
+    assert not done
 
 
 def test_error_in_a_block_surfaces():

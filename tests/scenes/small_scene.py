@@ -12,6 +12,7 @@ import numpy as np
 from astropy.io import fits
 
 import zemosaic_worker
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.synthetic.panels import Layout, Panel, Sky, make_panels, make_sky, mosaic_shape, write_panels
 
@@ -64,15 +65,15 @@ def pixels(folder: Path, kind: str = "science") -> np.ndarray:
 #: Every way to resample and to combine, for what must hold for all of them.
 OPTIONS = {
     "mean": CoaddOptions(),
-    "lanczos": CoaddOptions(kernel="lanczos3"),
-    "median": CoaddOptions(combine="median"),
-    "sigma_clip": CoaddOptions(combine="sigma_clip", kappa_low=1.5, kappa_high=1.5),
-    "winsorized": CoaddOptions(combine="winsorized", winsor_limits=(0.2, 0.2)),
-    "winsorized_clip": CoaddOptions(combine="winsorized_clip"),
-    "linear_fit_clip": CoaddOptions(combine="linear_fit_clip"),
-    "sum": CoaddOptions(combine="sum"),
-    "min": CoaddOptions(combine="min"),
-    "last": CoaddOptions(combine="last"),
+    "lanczos": CoaddOptions(kernel=ResamplingKernel.LANCZOS3),
+    "median": CoaddOptions(combine=CombineMethod.MEDIAN),
+    "sigma_clip": CoaddOptions(combine=CombineMethod.SIGMA_CLIP, kappa_low=1.5, kappa_high=1.5),
+    "winsorized": CoaddOptions(combine=CombineMethod.WINSORIZED, winsor_limits=(0.2, 0.2)),
+    "winsorized_sigma_clip": CoaddOptions(combine=CombineMethod.WINSORIZED_SIGMA_CLIP),
+    "linear_fit_clip": CoaddOptions(combine=CombineMethod.LINEAR_FIT_CLIP),
+    "sum": CoaddOptions(combine=CombineMethod.SUM),
+    "min": CoaddOptions(combine=CombineMethod.MIN),
+    "last": CoaddOptions(combine=CombineMethod.LAST),
 }
 
 

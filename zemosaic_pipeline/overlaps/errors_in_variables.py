@@ -25,6 +25,8 @@ MAX_PAIR_SE = 0.25
 MIN_CELLS = 12
 #: Most steps of one iterative fit.
 MAX_STEPS = 12
+#: The same where the sky is compared.
+SKY_STEPS = 10
 #: Tuning constant of Tukey's biweight for 95 % efficiency on Gaussian residuals.
 TUKEY = 4.685
 #: Cells from which the first guess of everything is made.
@@ -248,9 +250,10 @@ def fit_ratios(overlap: Overlap, design: np.ndarray, model: Model, relative: flo
     for _ in range(MAX_STEPS):
         residual, structure = np.swapaxes(model.rows @ design, 0, 1)
         weight = shared_weights(residual, structure, deviation(residual[:, some]), relative)
-        previous, model = model, improved(overlap, design, weight, model)
-        if model is None:
+        better = improved(overlap, design, weight, model)
+        if better is None:
             return None
+        previous, model = model, better
         error = np.sqrt(CORRELATED_CELLS * np.diag(model.inverse)[: len(model.ratio)])
         if (np.abs(np.log(model.ratio / previous.ratio)) < tolerance * error).all():
             break
@@ -413,12 +416,14 @@ def sky_means(overlap: Overlap, fit: Fit) -> tuple[np.ndarray, np.ndarray, np.nd
     difference = (y - fit.x) / sigma
     centre = median(difference[:, some])
     small = 0.02 * np.sqrt(CORRELATED_CELLS / fit.x.shape[1])
-    for _ in range(10):
+    step = 0
+    while True:
         residual = difference - centre
         weight = shared_weights(residual, structure, deviation(residual[:, some]), SKY_STRUCTURE_ERROR)
         total = np.sum(weight)
         previous, centre = centre, (difference @ weight / total)[:, None]
-        if np.max(np.abs(centre - previous)) < small:
+        step += 1
+        if step == SKY_STEPS or np.max(np.abs(centre - previous)) < small:
             break
     error = clustered_deviation(weight * sigma * (difference - centre), overlap) / total
     return fit.x @ weight / total, fit.y @ weight / total, np.maximum(error, 1e-3 * sigma[:, 0])

@@ -6,7 +6,7 @@ Both tiles are means over the same coarse cells (:class:`CoarseTile`); `overlaps
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -101,8 +101,13 @@ def overlap_windows(a: CoarseTile, b: CoarseTile) -> tuple[tuple[slice, slice], 
     return (slices[0][0], slices[1][0]), (slices[0][1], slices[1][1])
 
 
-def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
-    """Means of both tiles (C, h, w) over their common rectangle and the mask (h, w) of cells that both fill."""
+def common_cells(
+    a: CoarseTile, b: CoarseTile, fraction: float = 0.9
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Means of both tiles (C, h, w) over their common rectangle and the mask (h, w) of cells that both fill.
+
+    None where there are fewer than :data:`MIN_CELLS`.
+    """
     windows = overlap_windows(a, b)
     if windows is None:
         return None
@@ -115,7 +120,7 @@ def common_cells(a: CoarseTile, b: CoarseTile, fraction: float = 0.9):
 
 def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None) -> list[PairRelation]:
     """Relations of the overlapping pairs, in the order of the tiles."""
-    found = (pair_relation(tiles, *pair) for pair in overlapping_pairs(tiles, excluded))
+    found = (pair_relation(tiles, i, j) for i, j in overlapping_pairs(tiles, excluded))
     return [relation for relation in found if relation is not None]
 
 
@@ -127,7 +132,8 @@ class PairsInPassing:
     """
 
     def __init__(self, count: int, hubs: Sequence[int] = ()) -> None:
-        self._tiles: list[CoarseTile | None] = [None] * count
+        self._count = count
+        self._tiles: dict[int, CoarseTile] = {}
         self._hubs = set(hubs) or set(range(count))
         self._pending: dict[tuple[int, int], Future] = {}
         self._lock = threading.Lock()
@@ -143,8 +149,8 @@ class PairsInPassing:
         """Tile ``k`` is measured."""
         with self._lock:
             self._tiles[k] = tile
-            for j, other in enumerate(self._tiles):
-                if other is not None and j != k and (j in self._hubs or k in self._hubs):
+            for j in self._tiles:
+                if j != k and (j in self._hubs or k in self._hubs):
                     self._measure(min(j, k), max(j, k))
 
     def _measure(self, i: int, j: int) -> None:
@@ -152,13 +158,13 @@ class PairsInPassing:
             self._pending[i, j] = self._pool.submit(pair_relation, self._tiles, i, j)
 
     def relations(self) -> list[PairRelation]:
-        """What `measure_pairs` gives for all tiles, or for the pairs that hold a hub.
+        """What `measure_pairs` gives for all tiles, which must be there, or for the pairs that hold a hub.
 
         All pairs are measured where those with a hub fall apart into more groups than they form together.
         """
-        if len(self._hubs) < len(self._tiles):
-            everything = overlapping_pairs(self._tiles, None)
-            apart, together = (connected_groups(len(self._tiles), p).max() for p in (list(self._pending), everything))
+        if len(self._hubs) < self._count:
+            everything = overlapping_pairs([self._tiles[k] for k in range(self._count)], None)
+            apart, together = (connected_groups(self._count, p).max() for p in (list(self._pending), everything))
             if apart > together:
                 for pair in everything:
                     self._measure(*pair)
@@ -178,7 +184,7 @@ def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) 
     return pairs
 
 
-def pair_relation(tiles: Sequence[CoarseTile], i: int, j: int) -> PairRelation | None:
+def pair_relation(tiles: Sequence[CoarseTile] | Mapping[int, CoarseTile], i: int, j: int) -> PairRelation | None:
     """Measure the overlap of two tiles; None where they have no common cells."""
     a, b = tiles[i], tiles[j]
     common = common_cells(a, b)
@@ -219,18 +225,19 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     rows, columns = rows * down, columns * across
     cells = rows * both.shape[1] + columns
     x, y = (image.reshape(len(image), -1).take(cells, axis=1) for image in images)
-    if a.area is not None and b.area is not None:
-        (ya, xa), (yb, xb) = overlap_windows(a, b)
+    windows = overlap_windows(a, b)
+    if a.area is not None and b.area is not None and windows is not None:
+        (ya, xa), (yb, xb) = windows
         excess = a.area[ya, xa].ravel()[cells] / b.area[yb, xb].ravel()[cells] - 1.0
         if (np.abs(excess) > NO_EXCESS).any():
             y += excess * (y - local_means(images[1], rows, columns))
     vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
-    return Overlap(*images, x, y, used, (down, across), vx, vy)
+    return Overlap(images[0], images[1], x, y, used, (down, across), vx, vy)
 
 
 def thinning(both: np.ndarray) -> tuple[int, int]:
     """Of how many rows and columns one is used, so that at most about :data:`MAX_CELLS` of the common cells are."""
-    thin = -(-np.count_nonzero(both) // MAX_CELLS)
+    thin = -(-int(np.count_nonzero(both)) // MAX_CELLS)
     across = int(np.sqrt(thin))
     down = -(-thin // across)
     return (down, across) if np.count_nonzero(both[::down, ::across]) >= MIN_CELLS else (1, 1)

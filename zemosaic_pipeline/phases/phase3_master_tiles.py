@@ -27,9 +27,10 @@ from zemosaic_pipeline.phases.phase5_canvas import alpha_of
 from zemosaic_pipeline.phases.phase5_normalise import Scene, matched
 from zemosaic_pipeline.phases.run import Run, Tools
 from zemosaic_pipeline.pixels.backend_base import Backend
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
 from zemosaic_pipeline.raw.frame import Frame
 from zemosaic_pipeline.raw.solved import SolvedFrame
-from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resample.output_grid import choose_output_grid, grid_header
 from zemosaic_pipeline.resample.pixel_store import PixelStore
@@ -46,13 +47,6 @@ HUBS = 1
 CELL = 8
 #: Width of the ramp at a frame's edge, in pixels.
 FEATHER = 24.0
-#: Ways of rejection, as Phase 5's engine calls them.
-REJECTION = {
-    "none": "mean",
-    "kappa_sigma": "sigma_clip",
-    "winsorized_sigma_clip": "winsorized_clip",
-    "linear_fit_clip": "linear_fit_clip",
-}
 
 
 def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], pixels: PixelStore) -> list[Tile]:
@@ -302,11 +296,11 @@ def expected_noise(scene: Scene) -> np.ndarray:
 
 def stack_options(settings: Settings) -> CoaddOptions:
     """How the frames of a panel are combined."""
-    combine = REJECTION[settings.stacking_rejection_algorithm]
+    combine = CombineMethod(settings.stacking_rejection_algorithm)
     if settings.stacking_final_combine_method == "median":
-        combine = "median"
+        combine = CombineMethod.MEDIAN
     return CoaddOptions(
-        kernel=settings.kernel,
+        kernel=ResamplingKernel(settings.kernel),
         combine=combine,
         kappa_low=settings.stacking_kappa_low,
         kappa_high=settings.stacking_kappa_high,
@@ -332,18 +326,8 @@ def write_stack(tools: Tools, options: CoaddOptions, scene: Scene, header: fits.
                 writer.write_block(block[0], block[2], values if channels > 1 else values[0])
                 writer.write_alpha(block[0], block[2], alpha_of(weights, full))
 
-            coadd(
-                scene.placed,
-                scene.solution,
-                shape,
-                options,
-                scene.pixels,
-                backend,
-                sink,
-                budget,
-                tools.jobs,
-                tools.cancelled,
-            )
+            plan = CoaddPlan(scene.placed, scene.solution, scene.grid, options, scene.pixels)
+            coadd(plan, backend, sink, budget, tools.jobs, tools.cancelled)
             tools.check()
 
     tools.switch.run(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from zemosaic_pipeline.phases.phase5_normalise import Scene
 from zemosaic_pipeline.phases.phase6_save import Outputs, product_header, save_preview, wants_aesthetic
 from zemosaic_pipeline.phases.run import Run
 from zemosaic_pipeline.pixels.backend_base import Backend
-from zemosaic_pipeline.resample.coadd import coadd
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
+from zemosaic_pipeline.resample.coadd import CoaddPlan, Sink, coadd
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resume.journal import BlockJournal, block_journal
 from zemosaic_pipeline.resume.pieces import backend_name, exact_grid
@@ -108,34 +110,23 @@ def finished_blocks(run: Run, scene: Scene, product: Product, backend: Backend) 
     return block_journal(kept, product.name, fingerprint)
 
 
-def coadd_blocks(run: Run, scene: Scene, product: Product, backend: Backend, sink, done: list[Rect]) -> None:
+def coadd_blocks(
+    run: Run, scene: Scene, product: Product, backend: Backend, sink: Sink, done: Sequence[Rect]
+) -> None:  # fmt: skip
     """The blocks of the mosaic, but for those that are ``done``, by the engine that the settings name."""
     settings, tools = run.settings, run.tools
     options = CoaddOptions(
-        kernel=settings.kernel,
-        combine=settings.combine_method,
+        kernel=ResamplingKernel(settings.kernel),
+        combine=CombineMethod(settings.combine_method),
         kappa_low=settings.kappa_low,
         kappa_high=settings.kappa_high,
         winsor_limits=settings.winsor_limits,
     )
+    plan = CoaddPlan(scene.placed, product.solution, scene.grid, options, scene.pixels)
     if settings.engine == "reproject":
         from zemosaic_pipeline.reproject_compat.engine import coadd_with_reproject  # which imports reproject
 
-        coadd_with_reproject(
-            scene.placed, product.solution, scene.grid, options, scene.pixels, sink, tools.cancelled
-        )  # fmt: skip
+        coadd_with_reproject(plan, sink, tools.cancelled)
         return
     budget = tools.block_bytes(backend.free_bytes(settings.parallel_gpu_vram_fraction))
-    coadd(
-        scene.placed,
-        product.solution,
-        scene.grid.shape,
-        options,
-        scene.pixels,
-        backend,
-        sink,
-        budget,
-        tools.jobs,
-        tools.cancelled,
-        done,
-    )
+    coadd(plan, backend, sink, budget, tools.jobs, tools.cancelled, done)

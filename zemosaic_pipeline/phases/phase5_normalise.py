@@ -28,7 +28,7 @@ from zemosaic_pipeline.pixels.backend_base import Backend
 from zemosaic_pipeline.resample.measure import measure_tile, overlap_counts
 from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
-from zemosaic_pipeline.resample.placed import PlacedTile, weighted
+from zemosaic_pipeline.resample.placed import PlacedTile, with_weights
 from zemosaic_pipeline.resample.survey import WEIGHT_CELL, TileSurvey
 from zemosaic_pipeline.resume.pieces import SOLUTION, photometry_fingerprint
 from zemosaic_pipeline.settings.settings import Settings
@@ -120,7 +120,7 @@ def with_weight(settings: Settings, item: PlacedTile, survey: TileSurvey) -> Pla
             # weight 0 means "no data": a corner that no other tile covers must not become a hole
             max(settings.min_radial_weight_floor, 1e-3),
         )
-    return weighted(item, survey, weight, feather, radial)
+    return with_weights(item, survey, weight, feather, radial)
 
 
 def with_inverse_variance(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from zemosaic_pipeline.arrays import page_array
-from zemosaic_pipeline.pixels.backend_base import trial
+from zemosaic_pipeline.pixels.backend_base import CombineLimits, TileCells, TilePart, trial
+from zemosaic_pipeline.pixels.methods import CombineMethod
 
 
 class CpuBackend:
@@ -44,32 +46,36 @@ class CpuBackend:
             self._own.scratch = kept = page_array((size,))
         return kept[:size].reshape(shape)
 
-    def resample(self, source, part, values, weights, add: bool) -> None:
-        """Resample one tile into a block; ``part`` is a `pixels.backend_base.TilePart`, see `pixels.kernels.resample_pixel`."""
-        self._kernel("resample_rows")(
-            *flat(source), part.origin, part.shape, part.method, part.alpha, part.weight_map, part.spacing, part.feather,
-            part.scale, part.mesh, part.block, part.rect, values, weights, add,
+    def resample(self, source: np.ndarray, part: TilePart, values: np.ndarray, weights: np.ndarray, add: bool) -> None:
+        """As :meth:`Backend.resample`."""
+        from zemosaic_pipeline.pixels.cpu_loops import resample_rows
+
+        self._loop(resample_rows)(
+            *strided_line(source), part.origin, part.shape, int(part.kernel), part.alpha, part.weight_map, part.spacing,
+            part.feather, part.scale, part.mesh, part.block, part.rect, values, weights, add,
         )  # fmt: skip
 
-    def measure(self, source, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts) -> None:
-        """Sums and numbers of valid samples in coarse cells; see `pixels.kernels.measure_cell`."""
-        self._kernel("measure_cells")(
-            *flat(source), origin, shape, mesh, cell_px, every, corner, wanted, sums, counts
+    def measure(self, source: np.ndarray, cells: TileCells, sums: np.ndarray, counts: np.ndarray) -> None:
+        """As :meth:`Backend.measure`."""
+        from zemosaic_pipeline.pixels.cpu_loops import measure_cells
+
+        self._loop(measure_cells)(
+            *strided_line(source), cells.origin, cells.shape, cells.mesh, cells.cell_px, cells.every, cells.corner,
+            cells.wanted, sums, counts,
         )  # fmt: skip
 
-    def combine(self, values, weights, method, options, out) -> None:
-        """Combine layers; ``options`` = (kappa_low, kappa_high, trim_low, trim_high).
+    def combine(
+        self, values: np.ndarray, weights: np.ndarray, method: CombineMethod, limits: CombineLimits, out: np.ndarray
+    ) -> None:
+        """As :meth:`Backend.combine`."""
+        from zemosaic_pipeline.pixels.cpu_combine import combine_layers
 
-        ``values`` is (K, C, h, w), which may be sorted in place; ``weights`` the same, or (K, h, w) for all channels.
-        """
         weights = weights[:, None] if weights.ndim == 3 else weights
-        self._kernel("combine_layers")(values, weights, method, *options, out)
+        self._loop(combine_layers)(values, weights, int(method), *limits, out)
 
-    def _kernel(self, name: str) -> Callable:
-        from zemosaic_pipeline.pixels import cpu_combine, cpu_loops
-
-        kernel = getattr(cpu_combine if name == "combine_layers" else cpu_loops, name)
-        return kernel if self._compiled else kernel.py_func
+    def _loop(self, loop: Any) -> Callable[..., None]:
+        """A compiled loop, or the Python that it is made of."""
+        return loop if self._compiled else loop.py_func
 
     def free_bytes(self, fraction: float) -> int | None:
         """No limit of its own: the memory budget of the run holds."""
@@ -79,7 +85,7 @@ class CpuBackend:
         """Nothing to release."""
 
 
-def flat(image: np.ndarray) -> tuple[np.ndarray, int, int]:
+def strided_line(image: np.ndarray) -> tuple[np.ndarray, int, int]:
     """An image (C, h, w) as one line of pixels, and the strides of its planes and rows in pixels; a view where its rows
     are whole."""
     if image.strides[2] != image.itemsize:

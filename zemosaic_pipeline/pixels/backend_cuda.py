@@ -1,13 +1,12 @@
-"""numpy or cupy: choose, move, launch, budget memory, fall back. The only file that imports cupy.
+"""A CUDA card: cupy's arrays, numba's kernels. The only file that imports cupy.
 
-A backend holds pixels and runs the pixel functions of `pixels.kernels`. :class:`CpuBackend` and
-:class:`CudaBackend` have the same methods, and nothing outside this file asks which one it has got. cupy serves as
-allocator and copier only: all arithmetic is in our own kernels, so that no run-time compiler besides numba's is needed.
+cupy serves as allocator and copier only: all arithmetic is in our own kernels, so that no run-time compiler besides
+numba's is needed.
 
 Whatever touches the device runs inside :meth:`CudaBackend.guard`, which turns what a device can do wrong (no driver,
 out of memory, a failed launch, a lost device) into :class:`DeviceFailure`; anything else is a programming error and
-surfaces. :class:`BackendSwitch` is the one place that answers a failure: it says so once, never touches the GPU again,
-and has the whole step done anew on the CPU.
+surfaces. `pixels.backend_switch.BackendSwitch` is the one place that answers a failure: it says so once, never touches
+the GPU again, and has the whole step done anew on the CPU.
 """
 
 from __future__ import annotations
@@ -21,8 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from zemosaic_pipeline.pixels.backend_base import DeviceFailure, NoGpuSupport, trial
+from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.pixels.backend_base import (
+    CombineLimits,
+    DeviceArray,
+    DeviceFailure,
+    Mesh,
+    NoGpuSupport,
+    TileCells,
+    TilePart,
+    trial,
+)
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.pixels.methods import CombineMethod
 
 #: Threads of a CUDA block, along x and y.
 THREADS = (32, 8)
@@ -92,7 +102,7 @@ class CudaBackend:
             if not np.array_equal(found, expected, equal_nan=True):
                 raise DeviceFailure("start: the device does not compute what the CPU does")
 
-    def upload(self, array: np.ndarray):
+    def upload(self, array: np.ndarray) -> DeviceArray:
         """Copy to the device while the kernels already launched run.
 
         The pixels go through page-locked memory (no other copy is asynchronous) to a staging array of the copy stream
@@ -125,7 +135,7 @@ class CudaBackend:
                 arrived.synchronize()
             self._staged.popleft()
 
-    def _resident(self, array: np.ndarray):
+    def _resident(self, array: np.ndarray) -> DeviceArray:
         """Upload of an array that never changes and is asked for again with the next block; the latest are kept."""
         entry = self._kept.pop(id(array), None) or (array, self.upload(array))
         self._kept[id(array)] = entry
@@ -133,53 +143,58 @@ class CudaBackend:
             self._kept.popitem(last=False)
         return entry[1]
 
-    def download(self, array) -> np.ndarray:
+    def download(self, array: DeviceArray) -> np.ndarray:
         """Copy to the host; waits for everything launched before."""
         with self.guard("download"):
             return self._cupy.asnumpy(array)
 
-    def zeros(self, shape: tuple[int, ...], dtype: str = "float32"):
+    def zeros(self, shape: tuple[int, ...], dtype: str = "float32") -> DeviceArray:
         with self.guard("allocate"):
             return self._cupy.zeros(shape, dtype=dtype)
 
-    def scratch(self, shape: tuple[int, ...]):
+    def scratch(self, shape: tuple[int, ...]) -> DeviceArray:
         """Float32 array of any content."""
         with self.guard("allocate"):
             return self._cupy.empty(shape, dtype="float32")
 
-    def resample(self, source, part, values, weights, add: bool) -> None:
-        """As :meth:`CpuBackend.resample`; the part holds host arrays."""
+    def resample(
+        self, source: DeviceArray, part: TilePart, values: DeviceArray, weights: DeviceArray, add: bool
+    ) -> None:
+        """As :meth:`Backend.resample`."""
         alpha = self._resident(NO_ALPHA) if part.alpha.size == 1 else self.upload(part.alpha)
         weight_map, mesh = self._resident(part.weight_map), self._mesh(part.mesh, part.rect)
         y0, y1, x0, x1 = part.rect
         for top, bottom in slabs(y0, y1, x1 - x0):
             self._launch(
-                "resample", bottom - top, x1 - x0, source, part.origin, part.shape, part.method, alpha, weight_map,
+                "resample", bottom - top, x1 - x0, source, part.origin, part.shape, int(part.kernel), alpha, weight_map,
                 part.spacing, part.feather, part.scale, *mesh, part.block, (top, bottom, x0, x1), values, weights, add,
             )  # fmt: skip
 
-    def measure(self, source, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts) -> None:
-        """As :meth:`CpuBackend.measure`; ``mesh`` and ``wanted`` are host arrays."""
-        rows, columns = wanted.shape
-        y, x = corner[0] * cell_px, corner[1] * cell_px
-        mesh = self._mesh(mesh, (y, y + rows * cell_px, x, x + columns * cell_px))
-        wanted = self.upload(wanted)
+    def measure(self, source: DeviceArray, cells: TileCells, sums: DeviceArray, counts: DeviceArray) -> None:
+        """As :meth:`Backend.measure`."""
+        rows, columns = cells.wanted.shape
+        (row, column), cell_px = cells.corner, cells.cell_px
+        y, x = row * cell_px, column * cell_px
+        mesh = self._mesh(cells.mesh, (y, y + rows * cell_px, x, x + columns * cell_px))
+        wanted = self.upload(cells.wanted)
         for top, bottom in slabs(0, rows, columns * cell_px**2):
             self._launch(
-                "measure", bottom - top, columns, source, origin, shape, *mesh, cell_px, every, (corner[0] + top, corner[1]),
-                wanted[top:bottom], sums[:, top:bottom], counts[top:bottom],
+                "measure", bottom - top, columns, source, cells.origin, cells.shape, *mesh, cell_px, cells.every,
+                (row + top, column), wanted[top:bottom], sums[:, top:bottom], counts[top:bottom],
             )  # fmt: skip
 
-    def combine(self, values, weights, method, options, out) -> None:
-        """As :meth:`CpuBackend.combine`."""
+    def combine(
+        self, values: DeviceArray, weights: DeviceArray, method: CombineMethod, limits: CombineLimits, out: DeviceArray
+    ) -> None:
+        """As :meth:`Backend.combine`."""
         layers, channels, rows, columns = values.shape
         if weights.ndim == 3:
             weights = self._every_channel(weights, channels)
         for top, bottom in slabs(0, rows, columns * -(-layers // 8)):
             part = np.s_[..., top:bottom, :]
-            self._launch("combine", bottom - top, columns, values[part], weights[part], method, *options, out[part])
+            self._launch("combine", bottom - top, columns, values[part], weights[part], int(method), *limits, out[part])
 
-    def _every_channel(self, weights, channels: int):
+    def _every_channel(self, weights: DeviceArray, channels: int) -> DeviceArray:
         """Layers of weights (K, h, w) as (K, C, h, w); plain copies, for which nothing need be compiled."""
         with self.guard("copy"):
             out = self._cupy.empty((len(weights), channels, *weights.shape[1:]), dtype=weights.dtype)
@@ -189,7 +204,7 @@ class CudaBackend:
                     out[k, channel].data.copy_from_device_async(weights[k].data, weights[k].nbytes, stream)
             return out
 
-    def _mesh(self, mesh: tuple[np.ndarray, int, int, int], rect: tuple[int, int, int, int]) -> tuple:
+    def _mesh(self, mesh: Mesh, rect: Rect) -> tuple[DeviceArray, int, int, int]:
         """The mesh on the device; of an exact one, which has a node for every pixel, the rectangle that is needed."""
         nodes, y, x, step = mesh
         if step > 1:
@@ -197,17 +212,17 @@ class CudaBackend:
         y0, y1, x0, x1 = rect
         return self.upload(nodes[:, y0 - y : y1 - y, x0 - x : x1 - x]), y0, x0, step
 
-    def _launch(self, kernel: str, rows: int, columns: int, *arguments) -> None:
+    def _launch(self, kernel: str, rows: int, columns: int, *arguments: Any) -> None:
         with self.guard(f"launch {kernel}"), uncontracted(self._cuda):
             pointer = self._cupy.cuda.get_current_stream().ptr
             stream = self._cuda.external_stream(pointer) if pointer else 0
             grid = (-(-columns // THREADS[0]), -(-rows // THREADS[1]))
             # numba would wait for the stream of every array that it is not told to trust
-            arguments = [
+            trusted = [
                 self._cuda.as_cuda_array(a, sync=False) if hasattr(a, "__cuda_array_interface__") else a
                 for a in arguments
             ]
-            self._kernels[kernel][grid, THREADS, stream](*arguments)
+            self._kernels[kernel][grid, THREADS, stream](*trusted)
 
     def synchronize(self) -> None:
         """Wait for the device: failures of what was launched show here."""
@@ -273,7 +288,7 @@ def open_cuda(device_id: int = 0, selector: str = "") -> CudaBackend:
         With a reason that a user can act on.
     """
     try:
-        import cupy
+        import cupy  # pyright: ignore[reportMissingImports]: an optional library
         from numba import cuda
     except ModuleNotFoundError as error:
         raise NoGpuSupport(f"{error.name} is not installed (pip install 'zemosaic-worker[gpu-cuda12]')") from error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from zemosaic_pipeline.errors import UsageError
-from zemosaic_pipeline.pixels.backend_base import DeviceFailure, NoGpuSupport
+from zemosaic_pipeline.pixels.backend_base import Backend, DeviceFailure, NoGpuSupport
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
-from zemosaic_pipeline.pixels.backend_cuda import open_cuda
+from zemosaic_pipeline.pixels.backend_cuda import CudaBackend, open_cuda
 
 Result = TypeVar("Result")
 
@@ -28,10 +28,10 @@ class BackendSwitch:
     """
 
     mode: str = "auto"
-    opener: Callable[[], Any] = open_cuda
+    opener: Callable[[], CudaBackend] = open_cuda
     tell: Callable[[str, str], None] = lambda key, text: None
     reason: str = "the GPU was not asked for"
-    gpu: Any = None
+    gpu: CudaBackend | None = None
     cpu: CpuBackend = field(default_factory=CpuBackend)
     fell_back: bool = False
 
@@ -52,7 +52,7 @@ class BackendSwitch:
         """``gpu`` or ``cpu``: what the next step will run on."""
         return "cpu" if self.gpu is None else "gpu"
 
-    def run(self, step: Callable[[Any], Result]) -> Result:
+    def run(self, step: Callable[[Backend], Result]) -> Result:
         """``step(backend)`` on the GPU, or, after any device failure, once more and wholly on the CPU."""
         if self.gpu is not None:
             try:

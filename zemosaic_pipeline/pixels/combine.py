@@ -11,18 +11,8 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
-MEAN = 0
-MEDIAN = 1
-SIGMA_CLIP = 2
-WINSORIZED = 3
-MINIMUM = 4
-MAXIMUM = 5
-FIRST = 6
-LAST = 7
-WINSORIZED_CLIP = 8
-LINEAR_FIT_CLIP = 9
-#: These take one sample of each pixel, and its weight.
-TAKE_ONE = (MINIMUM, MAXIMUM, FIRST, LAST)
+from zemosaic_pipeline.pixels.methods import REJECTING, TAKE_ONE, CombineMethod
+
 #: Slope of a straight line through the middle half of sorted Gaussian samples, sigma per unit of relative rank:
 #: the least-squares line through the normal quantile function from 1/4 to 3/4.
 SLOPE_OF_SIGMA = 2.61624
@@ -187,27 +177,29 @@ def linear_fit_range(values, n, y, x, channel, kappa_low, kappa_high):
 
 
 @register_jitable
+def surviving_range(values, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high):
+    """First and past-the-last of ``n`` > 0 sorted samples that a method of rejection leaves."""
+    if method == CombineMethod.SIGMA_CLIP or n < FEWEST_FOR_QUARTILES:
+        return clip_range(values, n, y, x, channel, kappa_low, kappa_high)
+    if method == CombineMethod.WINSORIZED_SIGMA_CLIP:
+        return winsorized_range(values, n, y, x, channel, kappa_low, kappa_high, trim_low, trim_high)
+    return linear_fit_range(values, n, y, x, channel, kappa_low, kappa_high)
+
+
+@register_jitable
 def combine_sorted(values, weights, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high):
     """Combined value of ``n`` > 0 sorted samples of one channel of one pixel."""
-    lowest = np.float64(values[0, channel, y, x])
-    highest = np.float64(values[n - 1, channel, y, x])
-    if method == MEDIAN:
+    if method == CombineMethod.MEDIAN:
         return quantile(values, 0, n, y, x, channel, 0.5)
-    if method == MEAN:
-        return weighted_mean(values, weights, 0, n, y, x, channel, lowest, highest)
     start = 0
     stop = n
-    low = lowest
-    high = highest
-    if method == WINSORIZED:
+    low = np.float64(values[0, channel, y, x])
+    high = np.float64(values[n - 1, channel, y, x])
+    if method == CombineMethod.WINSORIZED:
         low = quantile(values, 0, n, y, x, channel, trim_low)
         high = quantile(values, 0, n, y, x, channel, 1.0 - trim_high)
-    elif method == SIGMA_CLIP or n < FEWEST_FOR_QUARTILES:
-        start, stop = clip_range(values, n, y, x, channel, kappa_low, kappa_high)
-    elif method == WINSORIZED_CLIP:
-        start, stop = winsorized_range(values, n, y, x, channel, kappa_low, kappa_high, trim_low, trim_high)
-    elif method == LINEAR_FIT_CLIP:
-        start, stop = linear_fit_range(values, n, y, x, channel, kappa_low, kappa_high)
+    elif method in REJECTING:
+        start, stop = surviving_range(values, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high)
     return weighted_mean(values, weights, start, stop, y, x, channel, low, high)
 
 
@@ -231,9 +223,9 @@ def taken(values, weights, y, x, channel, method):
             new = np.float64(values[k, channel, y, x])
             better = (
                 weight == 0.0
-                or method == LAST
-                or (method == MINIMUM and new < value)
-                or (method == MAXIMUM and new > value)
+                or method == CombineMethod.LAST
+                or (method == CombineMethod.MIN and new < value)
+                or (method == CombineMethod.MAX and new > value)
             )
             if better:
                 value = new
@@ -242,7 +234,7 @@ def taken(values, weights, y, x, channel, method):
 
 
 @register_jitable
-def store(value, weight, y, x, channel, out, channels):
+def write_pixel(value, weight, y, x, channel, out, channels):
     """Write a combined value; and its weight, where ``out`` has a plane more than there are channels."""
     out[channel, y, x] = np.float32(value)
     if channel == 0 and out.shape[0] > channels:
@@ -267,4 +259,4 @@ def combine_pixel(values, weights, y, x, method, kappa_low, kappa_high, trim_low
                 value = combine_sorted(
                     values, weights, n, y, x, channel, method, kappa_low, kappa_high, trim_low, trim_high
                 )
-        store(value, weight, y, x, channel, out, values.shape[1])
+        write_pixel(value, weight, y, x, channel, out, values.shape[1])

@@ -8,28 +8,18 @@ which have fewer layers than the others, are then looked at one by one. ``lanes`
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba.extending import register_jitable
 
-from zemosaic_pipeline.pixels import combine
 from zemosaic_pipeline.pixels.combine import (
-    FEWEST_FOR_QUARTILES,
-    LINEAR_FIT_CLIP,
-    MEAN,
-    MEDIAN,
-    QUARTILES,
-    SIGMA_CLIP,
-    SLOPE_OF_SIGMA,
-    TAKE_ONE,
-    WINSORIZED,
-    WINSORIZED_CLIP,
     combine_sorted,
     quantile,
-    store,
+    surviving_range,
     taken,
+    weighted_mean,
+    write_pixel,
 )
+from zemosaic_pipeline.pixels.methods import REJECTING, TAKE_ONE, CombineMethod
 from zemosaic_pipeline.pixels.numba_cache import compiled
 
 #: Pixels combined at a time on the CPU: few enough that all their samples lie near the processor.
@@ -75,9 +65,9 @@ def gather(values, weights, y, x, width, channel, shared, lanes, lane_weights):
         row, row_weights = values[k, channel, y, x : x + width], weights[k, shared, y, x : x + width]
         lane, lane_weight = lanes[k], lane_weights[k]
         for i in range(width):
-            seen = row_weights[i] > 0.0
-            lane[i] = row[i] if seen else np.float32(np.inf)
-            lane_weight[i] = row_weights[i] if seen else np.float32(0.0)
+            has_data = row_weights[i] > 0.0
+            lane[i] = row[i] if has_data else np.float32(np.inf)
+            lane_weight[i] = row_weights[i] if has_data else np.float32(0.0)
 
 
 @register_jitable
@@ -123,84 +113,6 @@ def sort_values(lanes, pairs):
 
 
 @register_jitable
-def kappa_doubts(near, n, kappa_low, kappa_high, sums, doubts):
-    """Tell in which lanes of ``n`` > 2 samples :func:`clip_range` rejects any: its first round, in all lanes."""
-    centre, squares = sums[0], sums[1]
-    lowest, highest = near[0, 0, 0], near[n - 1, 0, 0]
-    middle, next_to_it = near[(n - 1) // 2, 0, 0], near[n // 2, 0, 0]
-    for i in range(AT_ONCE):
-        centre[i] = np.float64(middle[i])
-        if n % 2 == 0:
-            centre[i] = 0.5 * (centre[i] + np.float64(next_to_it[i]))
-        below = centre[i] - np.float64(lowest[i])
-        above = np.float64(highest[i]) - centre[i]
-        squares[i] = 0.0 if below / kappa_low > above / kappa_high else below * below
-    for k in range(1, n - 1):
-        row = near[k, 0, 0]
-        for i in range(AT_ONCE):
-            d = np.float64(row[i]) - centre[i]
-            squares[i] += d * d
-    for i in range(AT_ONCE):
-        below = centre[i] - np.float64(lowest[i])
-        above = np.float64(highest[i]) - centre[i]
-        drop_low = below / kappa_low > above / kappa_high
-        total = squares[i] + above * above if drop_low else squares[i]
-        sigma = math.sqrt(total / max(n - 2, 1)) if n > 3 else math.sqrt(total)
-        limit = (kappa_low if drop_low else kappa_high) * sigma
-        worst = below if drop_low else above
-        doubts[i] = not (sigma <= 0.0 or worst <= limit)
-
-
-@register_jitable
-def winsorized_doubts(near, n, kappa_low, kappa_high, trim_low, trim_high, sums, doubts):
-    """Tell in which lanes of ``n`` samples :func:`winsorized_range` rejects any: its first round, in all lanes."""
-    centre, low, high, squares = sums[0], sums[1], sums[2], sums[3]
-    lowest, highest = near[0, 0, 0], near[n - 1, 0, 0]
-    for i in range(AT_ONCE):
-        centre[i] = quantile(near, 0, n, 0, i, 0, 0.5)
-        low[i] = quantile(near, 0, n, 0, i, 0, trim_low)
-        high[i] = quantile(near, 0, n, 0, i, 0, 1.0 - trim_high)
-        squares[i] = 0.0
-    for k in range(n):
-        row = near[k, 0, 0]
-        for i in range(AT_ONCE):
-            d = min(max(np.float64(row[i]), low[i]), high[i]) - centre[i]
-            squares[i] += d * d
-    for i in range(AT_ONCE):
-        sigma = math.sqrt(squares[i] / (n - 1))
-        quartiles = quantile(near, 0, n, 0, i, 0, 0.75) - quantile(near, 0, n, 0, i, 0, 0.25)
-        sigma = min(sigma, 2.0 * quartiles / QUARTILES)
-        below = np.float64(lowest[i]) < centre[i] - kappa_low * sigma
-        above = np.float64(highest[i]) > centre[i] + kappa_high * sigma
-        doubts[i] = not sigma <= 0.0 and (below or above)
-
-
-@register_jitable
-def linear_fit_doubts(near, n, kappa_low, kappa_high, sums, doubts):
-    """Tell in which lanes of ``n`` samples :func:`linear_fit_range` rejects any, in all lanes."""
-    level, slope = sums[0], sums[1]
-    lowest, highest = near[0, 0, 0], near[n - 1, 0, 0]
-    level[:] = 0.0
-    slope[:] = 0.0
-    norm = 0.0
-    first = n // 4
-    last = n - first
-    middle = 0.5 * (n - 1)
-    for k in range(first, last):
-        row = near[k, 0, 0]
-        for i in range(AT_ONCE):
-            level[i] += np.float64(row[i])
-            slope[i] += (k - middle) * np.float64(row[i])
-        norm += (k - middle) * (k - middle)
-    for i in range(AT_ONCE):
-        centre = level[i] / (last - first)
-        sigma = slope[i] / norm * n / SLOPE_OF_SIGMA
-        below = np.float64(lowest[i]) < centre - kappa_low * sigma
-        above = np.float64(highest[i]) > centre + kappa_high * sigma
-        doubts[i] = not sigma <= 0.0 and (below or above)
-
-
-@register_jitable
 def means_of_lanes(near, near_weights, n, sums, result):
     """:func:`weighted_mean` of all ``n`` samples of each lane."""
     total, norm = sums[0], sums[1]
@@ -220,49 +132,42 @@ def means_of_lanes(near, near_weights, n, sums, result):
 
 
 @register_jitable
-def combine_lanes(
-    near, near_weights, n, method, kappa_low, kappa_high, trim_low, trim_high, sums, doubts, result
-):  # fmt: skip
-    """Combine all lanes side by side, as if each had ``n`` sorted samples and none were rejected.
+def combine_lanes(near, near_weights, n, method, sums, result):
+    """Combine all lanes side by side, as if each had ``n`` sorted samples and none were rejected or drawn in.
 
-    ``doubts`` tells the lanes in which that is not so. ``sums`` (4, AT_ONCE) is room to work in. Every sum is made in
-    the order in which :func:`combine_sorted` makes it, so that the results are the same to the last bit.
+    ``sums`` (2, AT_ONCE) is room to work in. Every sum is made in the order in which :func:`combine_sorted` makes it, so
+    that the results are the same to the last bit.
     """
-    doubts[:] = n == 0 or method == WINSORIZED
-    if doubts[0]:
-        return
-    if method == MEDIAN:
+    if n > 0 and method == CombineMethod.MEDIAN:
         for i in range(AT_ONCE):
             result[i] = np.float32(quantile(near, 0, n, 0, i, 0, 0.5))
-        return
-    if method == MEAN or n <= 2:
-        pass
-    elif method == SIGMA_CLIP or n < FEWEST_FOR_QUARTILES:
-        kappa_doubts(near, n, kappa_low, kappa_high, sums, doubts)
-    elif method == WINSORIZED_CLIP:
-        winsorized_doubts(near, n, kappa_low, kappa_high, trim_low, trim_high, sums, doubts)
-    elif method == LINEAR_FIT_CLIP:
-        linear_fit_doubts(near, n, kappa_low, kappa_high, sums, doubts)
-    means_of_lanes(near, near_weights, n, sums, result)
+    elif n > 0 and method != CombineMethod.WINSORIZED:
+        means_of_lanes(near, near_weights, n, sums, result)
 
 
 @register_jitable
 def combine_others(
-    near, near_weights, n, counts, totals, doubts, width, method, kappa_low, kappa_high, trim_low, trim_high, result
+    near, near_weights, n, counts, totals, width, method, kappa_low, kappa_high, trim_low, trim_high, result
 ):  # fmt: skip
-    """Combine those lanes one by one that are in doubt or have not ``n`` samples; the weight of every lane."""
+    """Combine those lanes one by one that lose samples or have not ``n`` of them; the weight of every lane."""
     for i in range(width):
         result[1, 0, i] = np.float32(totals[i])
-        if counts[i] == 0:
+        alike = counts[i] == n and method != CombineMethod.WINSORIZED
+        if alike and n > 2 and method in REJECTING:
+            start, stop = surviving_range(near, n, 0, i, 0, method, kappa_low, kappa_high, trim_low, trim_high)
+            if stop - start < n:
+                low, high = np.float64(near[0, 0, 0, i]), np.float64(near[n - 1, 0, 0, i])
+                result[0, 0, i] = np.float32(weighted_mean(near, near_weights, start, stop, 0, i, 0, low, high))
+        elif counts[i] == 0:
             result[0, 0, i] = np.nan
-        elif doubts[i] or counts[i] != n:
+        elif not alike:
             value = combine_sorted(
                 near, near_weights, counts[i], 0, i, 0, method, kappa_low, kappa_high, trim_low, trim_high
             )
             result[0, 0, i] = np.float32(value)
 
 
-@compiled(combine)
+@compiled
 def combine_layers(values, weights, method, kappa_low, kappa_high, trim_low, trim_high, out):
     """CPU loop over the pixels of a block; see :func:`combine_pixel`. ``weights`` may be (K, 1, h, w) for all channels.
 
@@ -279,8 +184,7 @@ def combine_layers(values, weights, method, kappa_low, kappa_high, trim_low, tri
     result = np.empty((2, 1, AT_ONCE), np.float32)
     totals = np.empty(AT_ONCE, np.float64)
     counts = np.empty(AT_ONCE, np.int64)
-    sums = np.empty((4, AT_ONCE), np.float64)
-    doubts = np.ones(AT_ONCE, np.bool_)
+    sums = np.empty((2, AT_ONCE), np.float64)
     for y in range(out.shape[1]):
         for x in range(0, out.shape[2], AT_ONCE):
             width = min(AT_ONCE, out.shape[2] - x)
@@ -292,20 +196,17 @@ def combine_layers(values, weights, method, kappa_low, kappa_high, trim_low, tri
                 if method in TAKE_ONE:
                     for i in range(width):
                         value, weight = taken(near, near_weights, 0, i, 0, method)
-                        store(value, weight, 0, i, 0, result, 1)
+                        write_pixel(value, weight, 0, i, 0, result, 1)
                 else:
-                    if method == MEDIAN:
+                    if method == CombineMethod.MEDIAN:
                         sort_values(lanes, pairs)
                     else:
                         sort_lanes(lanes, lane_weights, pairs)
                     n = counts[width // 2]
-                    combine_lanes(
-                        near, near_weights, n, method, kappa_low, kappa_high, trim_low, trim_high,
-                        sums, doubts, result[0, 0],
-                    )  # fmt: skip
+                    combine_lanes(near, near_weights, n, method, sums, result[0, 0])
                     combine_others(
-                        near, near_weights, n, counts, totals, doubts, width, method,
-                        kappa_low, kappa_high, trim_low, trim_high, result,
+                        near, near_weights, n, counts, totals, width, method, kappa_low, kappa_high, trim_low, trim_high,
+                        result,
                     )  # fmt: skip
                 for i in range(width):
                     out[channel, y, x + i] = result[0, 0, i]

@@ -14,9 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from zemosaic_pipeline.pixels import kernels
 from zemosaic_pipeline.pixels.kernels import (
-    LANCZOS3,
     bilinear_corners,
     bilinear_mix,
     bilinear_rest,
@@ -34,6 +32,7 @@ from zemosaic_pipeline.pixels.kernels import (
     tile_position,
     weighted_three,
 )
+from zemosaic_pipeline.pixels.methods import ResamplingKernel
 from zemosaic_pipeline.pixels.numba_cache import compiled
 
 #: Pixels worked on side by side; at least the largest step of a mesh.
@@ -183,9 +182,9 @@ def store_lanes(n, value, weight, add, row):
             row[k] = np.float32(value[k]) if weight[k] > 0.0 else row[k]
 
 
-@compiled(kernels)
+@compiled
 def resample_rows(
-    pixels, plane_stride, row_stride, origin, shape, method, alpha, weight_map, spacing, feather, scale, mesh, block,
+    pixels, plane_stride, row_stride, origin, shape, kernel, alpha, weight_map, spacing, feather, scale, mesh, block,
     rect, values, weights, add,
 ):  # fmt: skip
     """Resample one tile into the output rectangle ``rect`` = (y0, y1, x0, x1) of a block.
@@ -218,7 +217,7 @@ def resample_rows(
                 base = channel * plane_stride
                 bilinear_lanes(pixels, base, n, offsets, corners, weight, value[channel])
             drop_missing(n, value[0], weight)
-            if method == LANCZOS3:
+            if kernel == ResamplingKernel.LANCZOS3:
                 lanczos_lanes(pixels, plane_stride, row_stride, positions, n, shape, origin, weight, value)
             i = x0 - block[1]
             for channel in range(values.shape[0]):
@@ -226,7 +225,7 @@ def resample_rows(
             store_lanes(n, weight if not add else ones, weight, add, weights[j, i : i + n])
 
 
-@compiled(kernels)
+@compiled
 def measure_cells(
     pixels, plane_stride, row_stride, origin, shape, mesh, cell_px, every, corner, wanted, sums, counts
 ):  # fmt: skip
@@ -311,7 +310,7 @@ def measure_lanes(
                 sums[channel, j, i] += value
 
 
-@compiled(kernels)
+@compiled
 def cells_inside(mesh, shape, cell_px, corner, found):
     """Mark in ``found`` the coarse cells of which any corner or the centre lies on the tile."""
     nodes, mesh_y, mesh_x, step = mesh
@@ -333,7 +332,7 @@ def cells_inside(mesh, shape, cell_px, corner, found):
                     break
 
 
-@compiled(kernels)
+@compiled
 def stored_bytes(values, out):
     """Float32 values (h, w) as big-endian words, uint32 (h, w): what a FITS file holds; 0 where they are not finite."""
     bits = values.view(np.uint32)
@@ -350,7 +349,7 @@ def stored_bytes(values, out):
             )
 
 
-@compiled(kernels)
+@compiled
 def means_of_squares(block, y, x, factor, wanted, means, row, column, rows):
     """Mean of the pixels that are not NaN in squares of ``factor`` pixels, NaN where there are none.
 

@@ -16,9 +16,8 @@ import numpy as np
 from numba.extending import register_jitable
 
 from zemosaic_pipeline.pixels.combine import combine_pixel
+from zemosaic_pipeline.pixels.methods import ResamplingKernel
 
-BILINEAR = 0
-LANCZOS3 = 1
 #: Coordinates are rounded to this fraction of a pixel: what a mesh loses to rounding (1e-9 pixel) must not make a
 #: masked neighbour contribute to a pixel that it does not touch.
 COORDINATE_QUANTUM = 1.0 / 1048576.0
@@ -253,7 +252,7 @@ def lanczos_or_nan(source, channel, origin, shape, y, x):
 
 @register_jitable
 def resample_pixel(
-    source, origin, shape, method, alpha, weight_map, spacing, feather, scale, mesh, block, y, x, values, weights, add
+    source, origin, shape, kernel, alpha, weight_map, spacing, feather, scale, mesh, block, y, x, values, weights, add
 ):  # fmt: skip
     """Resample one tile into the output pixel ``(y, x)`` of a block.
 
@@ -263,8 +262,8 @@ def resample_pixel(
         The part of the tile in memory, its first pixel at ``origin`` = (y, x); NaN in all channels is "no data".
     shape : (int, int)
         (H, W) of the whole tile.
-    method : int
-        :data:`BILINEAR` or :data:`LANCZOS3`; Lanczos-3 gives way to bilinear where its support is cut.
+    kernel : int
+        A :class:`ResamplingKernel`; Lanczos-3 gives way to bilinear where its support is cut.
     alpha : float32 (1, h, w), or of size 1 for none
     weight_map : float32, or of size 1 for none
         Coarse weights, cell centres ``spacing`` pixels apart.
@@ -293,7 +292,7 @@ def resample_pixel(
     i = x - block[1]
     for channel in range(source.shape[0]):
         value = bilinear_value(source, channel, origin, corners)
-        if method == LANCZOS3:
+        if kernel == ResamplingKernel.LANCZOS3:
             sharp = lanczos_or_nan(source, channel, origin, shape, ty, tx)
             if sharp == sharp:
                 value = sharp
@@ -393,7 +392,7 @@ def cuda_kernels(cuda):
 
     @cuda.jit(fastmath=False)
     def resample(
-        source, origin, shape, method, alpha, weight_map, spacing, feather, scale, nodes, mesh_y, mesh_x, step,
+        source, origin, shape, kernel, alpha, weight_map, spacing, feather, scale, nodes, mesh_y, mesh_x, step,
         block, rect, values, weights, add,
     ):  # fmt: skip
         i, j = cuda.grid(2)
@@ -401,7 +400,7 @@ def cuda_kernels(cuda):
         x = rect[2] + i
         if y < rect[1] and x < rect[3]:
             resample_pixel(
-                source, origin, shape, method, alpha, weight_map, spacing, feather, scale,
+                source, origin, shape, kernel, alpha, weight_map, spacing, feather, scale,
                 (nodes, mesh_y, mesh_x, step), block, y, x, values, weights, add,
             )  # fmt: skip
 

@@ -15,6 +15,7 @@ import numpy as np
 from astropy.wcs import WCS
 
 from zemosaic_pipeline.fits.tile import Tile, array_tile
+from zemosaic_pipeline.pixels.backend_base import Backend
 from zemosaic_pipeline.pixels.backend_switch import BackendSwitch
 from zemosaic_pipeline.resample.output_grid import OutputGrid
 
@@ -29,7 +30,7 @@ class InputPlane(Tile):
         return self._read(self.pixels.image, self.channels, y0, y1)
 
 
-def check_arguments(reproject_function: Any, combine_function: str, known: Sequence[str], keywords: dict) -> None:
+def check_arguments(reproject_function: Any, combine_function: str, possible: Sequence[str], keywords: dict) -> None:
     """Raise ValueError (TypeError for an unknown keyword) for what only reproject itself can do."""
     from reproject import reproject_interp
 
@@ -38,8 +39,8 @@ def check_arguments(reproject_function: Any, combine_function: str, known: Seque
             "reproject_function can only be reproject_interp here; use reproject.mosaicking.reproject_and_coadd "
             f"for {getattr(reproject_function, '__name__', reproject_function)}"
         )
-    if combine_function not in known:
-        raise ValueError(f"combine_function should be one of {'/'.join(known)}, not {combine_function!r}")
+    if combine_function not in possible:
+        raise ValueError(f"combine_function should be one of {'/'.join(possible)}, not {combine_function!r}")
     unknown = [key for key in keywords if key not in INTERP_KEYWORDS]
     if unknown:
         raise TypeError(f"reproject_and_coadd() got an unexpected keyword argument {unknown[0]!r}")
@@ -53,7 +54,8 @@ def output_grid(output_projection: Any, shape_out: tuple[int, ...] | None) -> tu
     """The output grid, and the shape of the output with its leading (broadcast) axes."""
     from reproject.utils import parse_output_projection
 
-    wcs, shape = parse_output_projection(output_projection, shape_out=shape_out)
+    parsed: Any = parse_output_projection(output_projection, shape_out=shape_out)
+    wcs, shape = parsed
     if len(shape) < 2:
         raise ValueError(f"shape_out must have two axes or more, not {shape}")
     return OutputGrid(sky_wcs(wcs, "output_projection"), (int(shape[-2]), int(shape[-1]))), tuple(map(int, shape))
@@ -118,7 +120,8 @@ def weight_map(weights: Any, hdu_weights: int | str | None, wcs: WCS, shape: tup
     from reproject import reproject_interp
     from reproject.utils import parse_input_weights
 
-    array, own = parse_input_weights(weights, hdu_weights=hdu_weights)
+    parsed: Any = parse_input_weights(weights, hdu_weights=hdu_weights)
+    array, own = parsed
     array = np.nan_to_num(np.asarray(array))
     if own is None or not own.has_celestial or (array.shape[-2:] == shape and same_wcs(own, wcs)):
         return array
@@ -164,7 +167,7 @@ def thread_count(parallel: bool | int | str) -> int:
     return parallel if isinstance(parallel, int) and parallel is not True else os.cpu_count() or 1
 
 
-def run_on(backend: str, step: Callable[[Any], None]) -> None:
+def run_on(backend: str, step: Callable[[Backend], None]) -> None:
     """``step(engine)`` on the GPU where it is wanted and works, else on the CPU; a fallback is a logged warning."""
     modes = {"auto": "auto", "cpu": "off", "gpu": "on"}
     if backend not in modes:

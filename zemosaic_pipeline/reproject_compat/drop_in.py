@@ -10,9 +10,11 @@ import numpy as np
 from zemosaic_photometry import identity_solution
 from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.fits.tile import Tile
+from zemosaic_pipeline.pixels.backend_base import Backend
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
+from zemosaic_pipeline.pixels.methods import CombineMethod
 from zemosaic_pipeline.resample.blocks import intersection
-from zemosaic_pipeline.resample.coadd import coadd, coadd_block
+from zemosaic_pipeline.resample.coadd import CoaddPlan, coadd, coadd_block
 from zemosaic_pipeline.resample.mesh import coordinate_mesh
 from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resample.output_grid import OutputGrid
@@ -114,27 +116,27 @@ def reproject_and_coadd(
         weights = None if input_weights is None else input_weights[k]
         planes = compat.input_planes(input_data[k], hdu_in, weights, hdu_weights, shape[:-2], f"input {k}")
         inputs.append(_placed_planes(planes, grid))
-    seen = [k for k, planes in enumerate(inputs) if planes]
+    within = [k for k, planes in enumerate(inputs) if planes]
     store = PixelStore(COMPAT_BYTES)
     solution = None
-    if match_background and len(seen) > 1:
-        offsets = _median_offsets(inputs, store)
+    if match_background and len(within) > 1:
+        offsets = _median_offsets(inputs, grid, store)
         solution = identity_solution(len(inputs), 1)
         solution.pivot[:, 0] = compat.background_corrections(offsets, len(inputs), background_reference)
-        solution = solution.subset(seen)
+        solution = solution.subset(within)
     jobs = compat.thread_count(kwargs.get("parallel", True))
-    options = CoaddOptions(combine=combine_function)
+    options = CoaddOptions(combine=CombineMethod(combine_function))
 
-    def step(engine) -> None:
+    def step(engine: Backend) -> None:
         for number, plane in enumerate(np.ndindex(shape[:-2])):
-            placed = [inputs[k][number] for k in seen]
+            plan = CoaddPlan([inputs[k][number] for k in within], solution, grid, options, store)
 
             def sink(block: Rect, values: np.ndarray, weights: np.ndarray, plane: tuple[int, ...] = plane) -> None:
                 window = (*plane, slice(*block[:2]), slice(*block[2:]))
                 array[window] = np.where(weights > 0, values[0], blank_pixel_value)
                 footprint[window] = weights
 
-            coadd(placed, solution, grid.shape, options, store, engine, sink, COMPAT_BYTES, jobs)
+            coadd(plan, engine, sink, COMPAT_BYTES, jobs)
 
     compat.run_on(backend, step)
     return array, footprint
@@ -146,9 +148,15 @@ def _placed_planes(planes: Sequence[Tile], grid: OutputGrid) -> list[PlacedTile]
     return [] if mesh is None else [PlacedTile(plane, mesh) for plane in planes]
 
 
-def _median_offsets(inputs: Sequence[Sequence[PlacedTile]], store: PixelStore) -> dict[tuple[int, int], float]:
+def _median_offsets(
+    inputs: Sequence[Sequence[PlacedTile]], grid: OutputGrid, store: PixelStore
+) -> dict[tuple[int, int], float]:
     """Median of input i minus input j over the pixels (of all planes) where both have data, for i < j."""
-    cpu, options = CpuBackend(), CoaddOptions(combine="last")
+    cpu, options = CpuBackend(), CoaddOptions(combine=CombineMethod.LAST)
+
+    def pixels(item: PlacedTile, rect: Rect) -> np.ndarray:
+        return coadd_block(CoaddPlan([item], None, grid, options, store), rect, cpu)[0][0]
+
     offsets = {}
     for i, j in combinations(range(len(inputs)), 2):
         overlap = intersection(inputs[i][0].rect, inputs[j][0].rect) if inputs[i] and inputs[j] else None
@@ -156,7 +164,7 @@ def _median_offsets(inputs: Sequence[Sequence[PlacedTile]], store: PixelStore) -
             continue
         differences = []
         for a, b in zip(inputs[i], inputs[j], strict=True):
-            first, second = (coadd_block([item], None, overlap, options, store, cpu)[0][0] for item in (a, b))
+            first, second = pixels(a, overlap), pixels(b, overlap)
             differences.append((first - second)[np.isfinite(first) & np.isfinite(second)])
         values = np.concatenate(differences)
         if values.size:

@@ -6,58 +6,53 @@ tiles are held whole, so that the memory budget does not bound it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from zemosaic_photometry import PhotometricSolution
-from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.errors import Cancelled
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
-from zemosaic_pipeline.resample.coadd import tile_part
+from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
+from zemosaic_pipeline.resample.coadd import CoaddPlan, Sink, tile_part
 from zemosaic_pipeline.resample.mesh import CoordinateMesh
 from zemosaic_pipeline.resample.options import CoaddOptions
-from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile
 
 
-def coadd_with_reproject(
-    placed: Sequence[PlacedTile],
-    solution: PhotometricSolution | None,
-    grid: OutputGrid,
-    options: CoaddOptions,
-    store: PixelStore,
-    sink: Callable[[Rect, np.ndarray, np.ndarray], None],
-    cancelled: Callable[[], bool] = lambda: False,
-) -> None:
+def coadd_with_reproject(plan: CoaddPlan, sink: Sink, cancelled: Callable[[], bool] = lambda: False) -> None:
     """Make the whole mosaic with `reproject.mosaicking.reproject_and_coadd` and hand it to ``sink`` as one block.
 
     Parameters
     ----------
-    placed, solution, options, store, sink, cancelled
+    plan, sink, cancelled
         As `resample.coadd.coadd` takes them; bilinear and mean only, which `settings.settings` sees to.
 
     Raises
     ------
     ValueError
         Another kernel or way to combine.
+    Cancelled
+        The user has stopped the run.
     """
     from reproject import reproject_interp
     from reproject.mosaicking import reproject_and_coadd
 
-    if options.kernel != "bilinear" or options.combine != "mean":
-        raise ValueError(f"reproject has no {options.kernel} {options.combine}")
+    placed, grid, options, store = plan.placed, plan.grid, plan.options, plan.store
+    if options.kernel is not ResamplingKernel.BILINEAR or options.combine is not CombineMethod.MEAN:
+        raise ValueError(f"reproject has no {options.kernel.word} {options.combine.word}")
+    blank: Any = np.nan  # which reproject takes, though it declares a whole number
     values: list[np.ndarray] = []
     coverage = np.zeros(grid.shape)
-    normalisations = [None if solution is None else solution.row(k) for k in range(len(placed))]
     weights = [own_weights(item, options, store) for item in placed]
     for channel in range(placed[0].tile.channels):
         if cancelled():
-            return
+            raise Cancelled("the run was stopped by the user")
         images = [
-            (store.rows(item.tile, 0, item.tile.shape[0], normalisation)[channel], item.tile.wcs)
-            for item, normalisation in zip(placed, normalisations, strict=True)
+            (store.rows(item.tile, 0, item.tile.shape[0], plan.normalisation(k))[channel], item.tile.wcs)
+            for k, item in enumerate(placed)
         ]
         plane, coverage = reproject_and_coadd(
             images,
@@ -66,7 +61,7 @@ def coadd_with_reproject(
             input_weights=weights,
             reproject_function=reproject_interp,
             combine_function="mean",
-            blank_pixel_value=np.nan,
+            blank_pixel_value=blank,
         )
         values.append(plane.astype(np.float32))
     sink((0, grid.shape[0], 0, grid.shape[1]), np.stack(values), coverage.astype(np.float32))

@@ -8,7 +8,7 @@ import numpy as np
 
 from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.resample.mesh import source_rows
-from zemosaic_pipeline.resample.options import STREAMED, CoaddOptions
+from zemosaic_pipeline.resample.options import CoaddOptions
 from zemosaic_pipeline.resample.placed import PlacedTile
 
 #: Pixels of a band: few enough that what is done to a finished block stays near the processor.
@@ -59,7 +59,7 @@ def without(blocks: Sequence[Rect], done: Sequence[Rect]) -> list[Rect]:
     for block in blocks:
         pieces = [block]
         meets = (boxes[:, ::2] < block[1::2]).all(axis=1) & (boxes[:, 1::2] > block[::2]).all(axis=1)
-        for n in np.nonzero(meets)[0]:
+        for n in np.flatnonzero(meets).tolist():
             pieces = [part for piece in pieces for part in _minus(piece, done[n])]
         rest += pieces
     return rest
@@ -80,7 +80,7 @@ def block_bytes(block: Rect, placed: Sequence[PlacedTile], options: CoaddOptions
     touching = [(item, rect) for item in placed if (rect := intersection(item.rect, block))]
     channels = touching[0][0].tile.channels if touching else 1
     pixels = (block[1] - block[0]) * (block[3] - block[2])
-    layers = len(touching) if options.combine not in STREAMED else 1
+    layers = 1 if options.streamed else len(touching)
     plane = 4 * pixels
     source = max((_source_bytes(item, rect) for item, rect in touching), default=0)
     # layers: values, weights per channel and the weight; then finished values, their copy in file order

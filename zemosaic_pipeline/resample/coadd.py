@@ -3,24 +3,27 @@
 A block is a rectangle of the output. What is done for it is a pure function of (tiles, solution, block): for each tile
 that touches it, read the rows it needs, normalise them (`zemosaic_photometry.apply_photometric_normalization`),
 resample them with the pixel functions of `pixels.kernels`, weight, combine. Peak memory is that of the blocks under
-way, however large the mosaic. The backend (`pixels.backend_cuda`) says where the pixels are; this module does not.
+way, however large the mosaic. Where the pixels are is the affair of the `pixels.backend_base.Backend`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from zemosaic_photometry import Normalisation, PhotometricSolution
 from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.errors import Cancelled
 from zemosaic_pipeline.host.threads import run_parallel
-from zemosaic_pipeline.pixels.backend_base import TilePart
+from zemosaic_pipeline.pixels.backend_base import Backend, TilePart
+from zemosaic_pipeline.pixels.methods import CombineMethod
 from zemosaic_pipeline.resample.blocks import intersection, plan_blocks, without
 from zemosaic_pipeline.resample.mesh import source_rows
-from zemosaic_pipeline.resample.options import STREAMED, CoaddOptions
+from zemosaic_pipeline.resample.options import CoaddOptions
+from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile, readings
 from zemosaic_pipeline.resample.survey import WEIGHT_CELL
@@ -28,6 +31,37 @@ from zemosaic_pipeline.resample.survey import WEIGHT_CELL
 #: Bytes of the layers of a block: in smaller ones the time goes into placing tiles, in larger ones into pages that the
 #: system clears anew.
 LAYERED_BYTES = 112 << 20
+#: Takes a finished block: its rectangle (y0, y1, x0, x1), values (C, h, w), coverage (h, w).
+Sink = Callable[[Rect, np.ndarray, np.ndarray], None]
+#: Pixels of a tile (C, rows, W) and what the kernels must know of them; None where a block needs none.
+FoundPart = tuple[np.ndarray, TilePart] | None
+
+
+@dataclass(frozen=True)
+class CoaddPlan:
+    """What is coadded, onto what, and how.
+
+    Row k of ``solution`` belongs to ``placed[k]``; None: no normalisation. The pixels come from ``store``.
+
+    Raises
+    ------
+    ValueError
+        The solution belongs to another number of tiles.
+    """
+
+    placed: Sequence[PlacedTile]
+    solution: PhotometricSolution | None
+    grid: OutputGrid
+    options: CoaddOptions
+    store: PixelStore
+
+    def __post_init__(self) -> None:
+        if self.solution is not None and len(self.solution.gain) != len(self.placed):
+            raise ValueError(f"a solution of {len(self.solution.gain)} tiles for {len(self.placed)} tiles")
+
+    def normalisation(self, k: int) -> Normalisation | None:
+        """What `zemosaic_photometry.apply_photometric_normalization` takes for tile ``k``."""
+        return None if self.solution is None else self.solution.row(k)
 
 
 def tile_part(
@@ -36,23 +70,25 @@ def tile_part(
     options: CoaddOptions,
     store: PixelStore,
     normalisation: Normalisation | None = None,
-) -> tuple[np.ndarray, TilePart] | None:
+) -> FoundPart:
     """Normalised pixels of a tile that a block needs (host, (C, rows, W)) and what the kernels must know.
 
     None where the block needs none. Tiles are normalised as they are read, before they go to a device: once a tile
     instead of once a block, and bit-identical for both backends.
     """
     rect = intersection(item.rect, block)
-    rows = source_rows(item.mesh, rect, item.tile.shape) if rect else None
+    if rect is None:
+        return None
+    rows = source_rows(item.mesh, rect, item.tile.shape)
     if rows is None:
         return None
     alpha = item.tile.read_alpha_rows(*rows)
     part = TilePart(
         origin=(rows[0], 0),
         shape=item.tile.shape,
-        method=options.method,
+        kernel=options.kernel,
         alpha=np.ones((1, 1, 1), np.float32) if alpha is None else alpha[None],
-        weight_map=item.map(),
+        weight_map=item.weight_map,
         spacing=float(WEIGHT_CELL),
         feather=float(item.feather),
         scale=float(item.weight),
@@ -64,46 +100,42 @@ def tile_part(
 
 
 def coadd_block(
-    placed: Sequence[PlacedTile],
-    solution: PhotometricSolution | None,
-    block: Rect,
-    options: CoaddOptions,
-    store: PixelStore,
-    backend: Any,
-    reader: ThreadPoolExecutor | None = None,
+    plan: CoaddPlan, block: Rect, backend: Backend, reader: ThreadPoolExecutor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """One block of the mosaic.
 
     Parameters
     ----------
-    placed : sequence of PlacedTile
-    solution : PhotometricSolution or None
-        Row k belongs to ``placed[k]``; None: no normalisation.
+    plan : CoaddPlan
     block : (y0, y1, x0, x1)
+    backend : Backend
     reader : executor, optional
         Reads the next tile while this one is worked on.
 
     Returns
     -------
-    values : float32 (C, h, w), NaN where nothing was seen
+    values : float32 (C, h, w), NaN where no tile has data
     coverage : float32 (h, w), sum of weights; for min, max, first and last the weight of the one sample taken
     """
+    placed, options = plan.placed, plan.options
     touching = [k for k, item in enumerate(placed) if intersection(item.rect, block)]
     channels = placed[0].tile.channels if placed else 1
     shape = (block[1] - block[0], block[3] - block[2])
     if not touching:
         return np.full((channels, *shape), np.nan, np.float32), np.zeros(shape, np.float32)
 
-    def read(k: int) -> tuple[np.ndarray, TilePart] | None:
-        return tile_part(placed[k], block, options, store, None if solution is None else solution.row(k))
+    def read(k: int) -> FoundPart:
+        return tile_part(placed[k], block, options, plan.store, plan.normalisation(k))
 
     parts = _read_ahead(read, touching, reader)
-    if options.combine in STREAMED:
+    if options.streamed:
         return _streamed_block(parts, channels, shape, options, backend)
     return _layered_block(parts, len(touching), channels, shape, options, backend)
 
 
-def _read_ahead(read: Callable, keys: Sequence[int], reader: ThreadPoolExecutor | None) -> Iterator:
+def _read_ahead(
+    read: Callable[[int], FoundPart], keys: Sequence[int], reader: ThreadPoolExecutor | None
+) -> Iterator[FoundPart]:
     """``read(key)`` for every key in order, one ahead of the consumer where there is a reader."""
     if reader is None:
         yield from map(read, keys)
@@ -119,7 +151,7 @@ def _read_ahead(read: Callable, keys: Sequence[int], reader: ThreadPoolExecutor 
 
 
 def _streamed_block(
-    parts: Iterator, channels: int, shape: tuple[int, int], options: CoaddOptions, backend
+    parts: Iterator[FoundPart], channels: int, shape: tuple[int, int], options: CoaddOptions, backend: Backend
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weighted mean or sum, tile by tile into sums; one download a block."""
     sums = backend.zeros((channels + 1, *shape))
@@ -129,7 +161,7 @@ def _streamed_block(
             backend.resample(backend.upload(source), part, sums[:channels], sums[channels], True)
     sums = backend.download(sums)
     values, coverage = sums[:channels], sums[channels]
-    if options.combine == "sum":
+    if options.combine is CombineMethod.SUM:
         values[:, coverage == 0] = np.nan
         return values, coverage
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -138,27 +170,14 @@ def _streamed_block(
 
 
 def _layered_block(
-    parts: Iterator,
+    parts: Iterator[FoundPart],
     layers: int,
     channels: int,
     shape: tuple[int, int],
     options: CoaddOptions,
-    backend,
-):
+    backend: Backend,
+) -> tuple[np.ndarray, np.ndarray]:
     """Combine that needs all values of a pixel at once: one layer a tile."""
-    from zemosaic_pipeline.pixels import combine as how
-
-    methods = {
-        "median": how.MEDIAN,
-        "sigma_clip": how.SIGMA_CLIP,
-        "winsorized": how.WINSORIZED,
-        "winsorized_clip": how.WINSORIZED_CLIP,
-        "linear_fit_clip": how.LINEAR_FIT_CLIP,
-        "min": how.MINIMUM,
-        "max": how.MAXIMUM,
-        "first": how.FIRST,
-        "last": how.LAST,
-    }
     values = backend.scratch((layers, channels, *shape))  # read only where there is a weight
     weights = backend.zeros((layers, *shape))
     for n, found in enumerate(parts):
@@ -166,19 +185,15 @@ def _layered_block(
             source, part = found
             backend.resample(backend.upload(source), part, values[n], weights[n], False)
     out = backend.zeros((channels + 1, *shape))
-    backend.combine(values, weights, methods[options.combine], options.limits, out)
+    backend.combine(values, weights, options.combine, options.limits, out)
     out = backend.download(out)
     return out[:channels], out[channels]
 
 
 def coadd(
-    placed: Sequence[PlacedTile],
-    solution: PhotometricSolution | None,
-    shape: tuple[int, int],
-    options: CoaddOptions,
-    store: PixelStore,
-    backend: Any,
-    sink: Callable[[Rect, np.ndarray, np.ndarray], None],
+    plan: CoaddPlan,
+    backend: Backend,
+    sink: Sink,
     bytes_for_blocks: int,
     jobs: int = 1,
     cancelled: Callable[[], bool] = lambda: False,
@@ -192,19 +207,17 @@ def coadd(
 
     Raises
     ------
-    ValueError
-        The solution belongs to another number of tiles.
+    Cancelled
+        The user has stopped the run.
     """
-    if solution is not None and len(solution.gain) != len(placed):
-        raise ValueError(f"a solution of {len(solution.gain)} tiles for {len(placed)} tiles")
     workers = jobs if backend.parallel_blocks else 1
     limit = max(bytes_for_blocks // workers, 1)
-    if options.combine not in STREAMED:
+    if not plan.options.streamed:
         limit = min(limit, LAYERED_BYTES)
-    blocks = without(plan_blocks(shape, placed, options, limit), done)
+    blocks = without(plan_blocks(plan.grid.shape, plan.placed, plan.options, limit), done)
 
     def work(block: Rect, reader: ThreadPoolExecutor | None = None) -> None:
-        sink(block, *coadd_block(placed, solution, block, options, store, backend, reader))
+        sink(block, *coadd_block(plan, block, backend, reader))
 
     if backend.parallel_blocks:
         run_parallel(work, blocks, workers, cancelled)
@@ -212,5 +225,5 @@ def coadd(
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         for block in blocks:
             if cancelled():
-                return
+                raise Cancelled("the run was stopped by the user")
             work(block, reader)

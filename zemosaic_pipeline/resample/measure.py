@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.overlaps.pairs import CoarseTile
+from zemosaic_pipeline.pixels.backend_base import Backend, TileCells
 from zemosaic_pipeline.resample.mesh import mesh_positions, source_rows
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile, readings
@@ -45,19 +45,10 @@ def cells_touched(item: PlacedTile, cell_px: int) -> np.ndarray:
     return found
 
 
-def measure_tile(
-    item: PlacedTile,
-    survey: TileSurvey,
-    counts: np.ndarray,
-    cell_px: int,
-    store: PixelStore,
-    backend: Any,
-    every: int = 1,
-) -> CoarseTile:
-    """Means of a tile over the cells of the common coarse grid.
+def cells_to_measure(item: PlacedTile, counts: np.ndarray, cell_px: int) -> np.ndarray:
+    """Coarse cells within the tile's rectangle that are worth measuring, uint8 (h, w).
 
-    Only cells that another tile touches too are measured in full, and every 16th of the others for the tile's sky.
-    With ``every`` = 2, a quarter of their pixels will do: the spline of a sample reaches to its neighbours.
+    Those that another tile touches too (``counts`` > 1), and every 16th of the others for the tile's sky.
     """
     cy0, cy1, cx0, cx1 = coarse_window(item.rect, cell_px)
     wanted = cells_touched(item, cell_px)
@@ -65,6 +56,24 @@ def measure_tile(
     sparse = np.zeros_like(wanted)
     sparse[::4, ::4] = 1
     wanted[alone & (sparse == 0)] = 0
+    return wanted
+
+
+def measure_tile(
+    item: PlacedTile,
+    survey: TileSurvey,
+    counts: np.ndarray,
+    cell_px: int,
+    store: PixelStore,
+    backend: Backend,
+    every: int = 1,
+) -> CoarseTile:
+    """Means of a tile over the cells of the common coarse grid; see :func:`cells_to_measure`.
+
+    With ``every`` = 2, a quarter of their pixels will do: the spline of a sample reaches to its neighbours.
+    """
+    cy0, _, cx0, cx1 = coarse_window(item.rect, cell_px)
+    wanted = cells_to_measure(item, counts, cell_px)
     sums = np.zeros((item.tile.channels, *wanted.shape))
     number = np.zeros(wanted.shape, np.int32)
     strip_cells = max(STRIP // cell_px, 1)
@@ -77,10 +86,16 @@ def measure_tile(
         source = backend.upload(store.rows(item.tile, *rows, readings=readings(item, rect, rows)))
         strip = backend.zeros((item.tile.channels, bottom - top, wanted.shape[1]), "float64")
         strip_number = backend.zeros((bottom - top, wanted.shape[1]), "int32")
-        backend.measure(
-            source, (rows[0], 0), item.tile.shape, item.mesh.arguments, cell_px, every, (cy0 + top, cx0),
-            np.ascontiguousarray(wanted[top:bottom]), strip, strip_number,
-        )  # fmt: skip
+        cells = TileCells(
+            origin=(rows[0], 0),
+            shape=item.tile.shape,
+            mesh=item.mesh.arguments,
+            cell_px=cell_px,
+            every=every,
+            corner=(cy0 + top, cx0),
+            wanted=np.ascontiguousarray(wanted[top:bottom]),
+        )
+        backend.measure(source, cells, strip, strip_number)
         sums[:, top:bottom] = backend.download(strip)
         number[top:bottom] = backend.download(strip_number)
     with np.errstate(invalid="ignore"):
@@ -102,10 +117,10 @@ def relative_area(item: PlacedTile, corner: tuple[int, int], cells: tuple[int, i
     (xy, yy), (xx, yx) = (np.gradient(positions, middle, axis=1 + k) for k, middle in enumerate(middles))
     with np.errstate(divide="ignore"):
         area = 1.0 / np.abs(xx * yy - xy * yx) / pixel_scale(item.tile.wcs) ** 2
-    known = np.isfinite(area)
-    if not known.any():
+    finite = np.isfinite(area)
+    if not finite.any():
         return None
-    area = np.where(known, area, np.median(area[known]))
+    area = np.where(finite, area, np.median(area[finite]))
     down, across = (linear_weights(spot, n) for spot, n in zip(spots, cells, strict=True))
     return (down @ area @ across.T).astype(np.float32)
 

@@ -17,7 +17,9 @@ import numpy as np
 from astropy.wcs import WCS
 from astropy.wcs.utils import pixel_to_pixel
 
+from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.fits.tile import Tile
+from zemosaic_pipeline.pixels.backend_base import Mesh
 from zemosaic_pipeline.resample.output_grid import OutputGrid
 
 #: Largest accepted error of an interpolated coordinate, in tile pixels. Beside a bright star 1e-3 pixel is 1e-3 of the
@@ -40,11 +42,11 @@ class CoordinateMesh:
     y: int
     x: int
     step: int
-    rect: tuple[int, int, int, int]
+    rect: Rect
     error: float
 
     @property
-    def arguments(self) -> tuple[np.ndarray, int, int, int]:
+    def arguments(self) -> Mesh:
         """What the pixel functions take: (nodes, y, x, step)."""
         return self.nodes, self.y, self.x, self.step
 
@@ -75,13 +77,13 @@ def coordinate_mesh(tile: Tile, grid: OutputGrid, tolerance: float = MESH_TOLERA
     return exact_mesh(tile, grid, rect)
 
 
-def exact_mesh(tile: Tile, grid: OutputGrid, rect: tuple[int, int, int, int]) -> CoordinateMesh:
+def exact_mesh(tile: Tile, grid: OutputGrid, rect: Rect) -> CoordinateMesh:
     """A mesh with a node on every output pixel of ``rect``."""
     nodes = _tile_pixels(tile, grid, np.arange(rect[0], rect[1]), np.arange(rect[2], rect[3]))
     return CoordinateMesh(nodes, rect[0], rect[2], 1, rect, 0.0)
 
 
-def _sampled_mesh(tile: Tile, grid: OutputGrid, rect: tuple[int, int, int, int], step: int) -> CoordinateMesh:
+def _sampled_mesh(tile: Tile, grid: OutputGrid, rect: Rect, step: int) -> CoordinateMesh:
     """Mesh of one step, its error measured against the exact transformation at four times the node density."""
     fine = max(step // 4, 1)
     y, x = ((rect[0] // step) - 1) * step, ((rect[2] // step) - 1) * step
@@ -167,17 +169,17 @@ def transform(wcs_from: WCS, wcs_to: WCS, x: np.ndarray, y: np.ndarray) -> tuple
     return np.array(tx, dtype=float), np.array(ty, dtype=float)
 
 
-def footprint_rect(tile: Tile, grid: OutputGrid) -> tuple[int, int, int, int] | None:
+def footprint_rect(tile: Tile, grid: OutputGrid) -> Rect | None:
     """Bounding rectangle (y0, y1, x0, x1) of a tile on the output, two pixels wide of it; None where they are apart."""
     height, width = tile.shape
     ys = np.unique(np.append(np.arange(-0.5, height - 0.5, max(height / 24, 1.0)), height - 0.5))
     xs = np.unique(np.append(np.arange(-0.5, width - 0.5, max(width / 24, 1.0)), width - 0.5))
     x, y = transform(tile.wcs, grid.wcs, *np.meshgrid(xs, ys))
-    seen = np.isfinite(x) & np.isfinite(y)
-    if not seen.any():
+    finite = np.isfinite(x) & np.isfinite(y)
+    if not finite.any():
         return None
-    y0, y1 = np.floor(y[seen].min()) - 2, np.ceil(y[seen].max()) + 3
-    x0, x1 = np.floor(x[seen].min()) - 2, np.ceil(x[seen].max()) + 3
+    y0, y1 = np.floor(y[finite].min()) - 2, np.ceil(y[finite].max()) + 3
+    x0, x1 = np.floor(x[finite].min()) - 2, np.ceil(x[finite].max()) + 3
     y0, x0 = max(y0, 0), max(x0, 0)
     y1, x1 = min(y1, grid.shape[0]), min(x1, grid.shape[1])
     if y0 >= y1 or x0 >= x1:
@@ -186,7 +188,7 @@ def footprint_rect(tile: Tile, grid: OutputGrid) -> tuple[int, int, int, int] | 
 
 
 def source_rows(
-    mesh: CoordinateMesh, rect: tuple[int, int, int, int], tile_shape: tuple[int, int], margin: int = 4
+    mesh: CoordinateMesh, rect: Rect, tile_shape: tuple[int, int], margin: int = 4
 ) -> tuple[int, int] | None:
     """Tile rows (y0, y1) that the output rectangle ``rect`` needs; None where it does not touch the tile.
 

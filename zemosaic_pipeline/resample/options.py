@@ -6,37 +6,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KERNELS = ("bilinear", "lanczos3")
-COMBINE = (
-    "mean", "sum", "median", "sigma_clip", "winsorized", "winsorized_clip", "linear_fit_clip", "min", "max", "first", "last",
-)  # fmt: skip
-#: Ways to combine that need no more than running sums; the others keep a layer a tile.
-STREAMED = ("mean", "sum")
+from zemosaic_pipeline.pixels.backend_base import CombineLimits
+from zemosaic_pipeline.pixels.methods import STREAMED, CombineMethod, ResamplingKernel
 
 
 @dataclass(frozen=True)
 class CoaddOptions:
     """How pixels are resampled and combined; names and meanings as in `settings.settings`."""
 
-    kernel: str = "bilinear"
-    combine: str = "mean"
+    kernel: ResamplingKernel = ResamplingKernel.BILINEAR
+    combine: CombineMethod = CombineMethod.MEAN
     kappa_low: float = 3.0
     kappa_high: float = 3.0
     winsor_limits: tuple[float, float] = (0.05, 0.05)
 
     @property
-    def method(self) -> int:
-        """Number of the resampling kernel in `pixels.kernels`."""
-        return KERNELS.index(self.kernel)
+    def streamed(self) -> bool:
+        """Whether running sums will do; else every tile that touches a block is a layer of its own."""
+        return self.combine in STREAMED
 
     @property
-    def limits(self) -> tuple[float, float, float, float]:
+    def limits(self) -> CombineLimits:
         """What the combining functions of `pixels.combine` take: two limits in sigma, two fractions.
 
-        For ``winsorized_clip`` the limits are in units of the narrowed spread of winsorized samples.
+        For ``winsorized_sigma_clip`` the limits are in units of the narrowed spread of winsorized samples.
         """
-        narrowed = winsorized_spread(*self.winsor_limits) if self.combine == "winsorized_clip" else 1.0
-        return (self.kappa_low / narrowed, self.kappa_high / narrowed, *map(float, self.winsor_limits))
+        low, high = self.winsor_limits
+        narrowed = winsorized_spread(low, high) if self.combine is CombineMethod.WINSORIZED_SIGMA_CLIP else 1.0
+        return self.kappa_low / narrowed, self.kappa_high / narrowed, float(low), float(high)
 
 
 def winsorized_spread(low: float, high: float) -> float:

@@ -76,31 +76,33 @@ def optimal_grid(tiles: Sequence[Tile], settings: Settings) -> OutputGrid:
     """Output grid just large enough for the tiles, with the wanted scale, orientation and padding."""
     scale = wanted_scale(tiles, settings)
     turn = settings.global_wcs_orientation == "as_tiles"
-    wcs, shape = _common_frame_grid(tiles, scale, turn)
-    if wcs is None:
-        from reproject.mosaicking import find_optimal_celestial_wcs
-
-        wcs, shape = find_optimal_celestial_wcs(
-            [(tile.shape, tile.wcs) for tile in tiles],
-            resolution=scale * units.deg,
-            auto_rotate=turn,
-            projection="TAN",
-        )
+    grid = _common_frame_grid(tiles, scale, turn) or _reproject_grid(tiles, scale, turn)
+    wcs, shape = grid.wcs, grid.shape
     pad = [round(n * settings.global_wcs_padding_percent / 100 / 2) for n in shape]
     wcs.wcs.crpix = [wcs.wcs.crpix[0] + pad[1], wcs.wcs.crpix[1] + pad[0]]
-    return OutputGrid(wcs, (int(shape[0]) + 2 * pad[0], int(shape[1]) + 2 * pad[1]))
+    return OutputGrid(wcs, (shape[0] + 2 * pad[0], shape[1] + 2 * pad[1]))
 
 
-def _common_frame_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> tuple[WCS | None, tuple[int, int] | None]:
+def _reproject_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> OutputGrid:
+    """The answer of `reproject.mosaicking.find_optimal_celestial_wcs`."""
+    from reproject.mosaicking import find_optimal_celestial_wcs
+
+    wcs, shape = find_optimal_celestial_wcs(
+        [(tile.shape, tile.wcs) for tile in tiles], resolution=scale * units.deg, auto_rotate=turn, projection="TAN"
+    )
+    return OutputGrid(wcs, (int(shape[0]), int(shape[1])))
+
+
+def _common_frame_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> OutputGrid | None:
     """What `reproject.mosaicking.find_optimal_celestial_wcs` answers, for tiles of one celestial frame; None else.
 
     Importing reproject, with all that it brings, takes longer than a small mosaic's pixels. The definition is
     reproject's: tangent point in the mean direction of the tiles' reference pixels, size from the tiles' corners, and,
     where the grid may ``turn``, the directions of the least rectangle that holds them.
     """
-    frame = wcs_to_celestial_frame(tiles[0].wcs)
-    if not all(wcs_to_celestial_frame(tile.wcs).is_equivalent_frame(frame) for tile in tiles[1:]):
-        return None, None
+    frame, *others = (wcs_to_celestial_frame(tile.wcs) for tile in tiles)
+    if not all(other.is_equivalent_frame(frame) for other in others):
+        return None
     references, corners = [], []
     for tile in tiles:
         height, width = tile.shape
@@ -113,15 +115,15 @@ def _common_frame_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> tuple
     wcs.wcs.crval = directions_of([x.mean(), y.mean(), z.mean()])
     wcs.wcs.cdelt = -scale, scale
     wcs.wcs.crpix = 1, 1
-    pixels = wcs.wcs_world2pix(np.concatenate(corners), 1)
+    pixels = np.asarray(wcs.wcs_world2pix(np.concatenate(corners), 1))
     if turn:
         angle = least_rectangle(pixels)
         wcs.wcs.pc = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-        pixels = wcs.wcs_world2pix(np.concatenate(corners), 1)
+        pixels = np.asarray(wcs.wcs_world2pix(np.concatenate(corners), 1))
     low, high = pixels.min(axis=0), pixels.max(axis=0)
     wcs.wcs.crpix = 1.5 - low
     width, height = np.rint(high - low).astype(int)
-    return wcs, (int(height), int(width))
+    return OutputGrid(wcs, (int(height), int(width)))
 
 
 def wanted_scale(tiles: Sequence[Tile], settings: Settings) -> float:

@@ -1,12 +1,13 @@
-"""Tiles on their way through Phase 5: where they lie on the output, what their pixels are like, and their pixels.
+"""Tiles on their way through Phase 5: where they lie on the output, and what their pixels weigh.
 
-The pixels stay on disk; :class:`PixelStore` reads them when a block needs them and keeps what the memory budget allows.
+The pixels stay on disk; `resample.pixel_store.PixelStore` reads them when a block needs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +17,7 @@ from zemosaic_pipeline.resample.mesh import CoordinateMesh, coordinate_mesh
 from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.survey import WEIGHT_CELL, TileSurvey
 
-# --------------------------------------------------------------------------------------------- radial weights
-
-
-#: A weight map or alpha plane that says nothing.
+#: A weight map that says nothing.
 NO_MAP = np.ones((1, 1), np.float32)
 
 
@@ -35,15 +33,12 @@ class PlacedTile:
     mesh: CoordinateMesh
     weight: float = 1.0
     feather: float = 0.0
-    weight_map: np.ndarray = None  # type: ignore[assignment]
+    weight_map: np.ndarray = field(default_factory=lambda: NO_MAP)
 
     @property
-    def rect(self) -> tuple[int, int, int, int]:
+    def rect(self) -> Rect:
         """Output rectangle (y0, y1, x0, x1) that the tile can touch."""
         return self.mesh.rect
-
-    def map(self) -> np.ndarray:
-        return NO_MAP if self.weight_map is None else self.weight_map
 
 
 def readings(item: PlacedTile, piece: Rect, rows: tuple[int, int]) -> float:
@@ -65,7 +60,7 @@ def place_tiles(tiles: Sequence[Tile], grid: OutputGrid) -> list[PlacedTile | No
     return placed
 
 
-def weighted(
+def with_weights(
     placed: PlacedTile,
     survey: TileSurvey | None,
     weight: float,
@@ -77,15 +72,21 @@ def weighted(
     The edge of the array is feathered exactly by the pixel functions; the map does the same for an edge of the data
     within the array. Holes smaller than a cell get no feather.
     """
-    weight_map = None
+    weight_map = NO_MAP if radial is None else radial
     if survey is not None and feather > 0 and not survey.valid.all():
-        from scipy.ndimage import distance_transform_edt
-
-        padded = np.pad(survey.valid, 1, constant_values=True)
-        distance = distance_transform_edt(padded)[1:-1, 1:-1] * WEIGHT_CELL
-        # half a cell less: the edge of the data lies somewhere within the outermost cell
-        weight_map = np.clip((distance - WEIGHT_CELL) / feather, 0.0, 1.0).astype(np.float32)
-        weight_map = np.where(survey.valid, np.maximum(weight_map, 0.02), 0.0).astype(np.float32)
-    if radial is not None:
-        weight_map = radial if weight_map is None else weight_map * radial
+        inner = inner_feather(survey.valid, feather)
+        weight_map = inner if radial is None else inner * radial
     return replace(placed, weight=weight, feather=feather, weight_map=weight_map)
+
+
+def inner_feather(valid: np.ndarray, feather: float) -> np.ndarray:
+    """Weights, float32 (h, w), of cells of :data:`WEIGHT_CELL` pixels that fall to 0 at those that are not ``valid``.
+
+    The ramp is ``feather`` pixels wide.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    distance: Any = distance_transform_edt(np.pad(valid, 1, constant_values=True))
+    # half a cell less: the edge of the data lies somewhere within the outermost cell
+    ramp = np.clip((distance[1:-1, 1:-1] * WEIGHT_CELL - WEIGHT_CELL) / feather, 0.0, 1.0).astype(np.float32)
+    return np.where(valid, np.maximum(ramp, 0.02), 0.0).astype(np.float32)

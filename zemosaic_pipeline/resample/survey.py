@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -99,7 +100,8 @@ def cells_of_bands(strip: np.ndarray) -> np.ndarray:
         return np.empty((channels, 0, across), np.float32)
     # rows first, then columns: sums along whole rows are many times faster than sums of four numbers
     columns = np.stack([band.sum(axis=1) for band in bands], axis=1)
-    return sum(columns[..., k::NOISE_CELL] for k in range(NOISE_CELL)) / np.float32(NOISE_CELL**2)
+    total = reduce(np.add, [columns[..., k::NOISE_CELL] for k in range(NOISE_CELL)])
+    return total / np.float32(NOISE_CELL**2)
 
 
 def noise_of(differences: Sequence[np.ndarray], channels: int, spread: float) -> np.ndarray:
