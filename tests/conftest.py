@@ -158,7 +158,7 @@ def robust_range(image):
 
 
 def assert_parity(ours, cpu):
-    """Equality asked between backends (DESIGN section 6): all but the pixels bit by bit, the pixels to 1e-5."""
+    """Equality asked between backends: all but the pixels bit by bit, the pixels to 1e-5 of the image's range."""
     for a, b in zip(ours.coarse, cpu.coarse, strict=True):
         assert a.corner == b.corner
         for name in ("means", "fraction", "noise", "pixel_noise", "sky"):
