@@ -176,12 +176,12 @@ def test_none_means_default():
 
 @pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.key)
 def test_defaults_are_of_their_own_kind_and_survive_text(row):
-    """Every default passes its own check: as a report's JSON gives it back and as the README writes it."""
+    """Every default passes its own check: as a report's JSON gives it back and as docs/settings.md writes it."""
     again = row.coerce(json.loads(json.dumps(row.default)), "test")
     assert again == row.default
     assert type(again) is type(row.default)
     if row.default != "":
-        assert row.coerce(zst._show_default(row, row.default), "README") == row.default
+        assert row.coerce(zst._show_default(row, row.default), "docs/settings.md") == row.default
 
 
 def test_whole_settings_survive_json():
@@ -273,7 +273,7 @@ def test_unknown_key_suggests_the_nearest(key, near):
 
 
 def test_unknown_key_with_no_neighbour():
-    with pytest.raises(UsageError, match=r"Unknown setting 'qqq'.*README"):
+    with pytest.raises(UsageError, match=r"Unknown setting 'qqq'.*docs/settings.md"):
         Settings.from_mapping({"qqq": 1})
 
 
@@ -366,7 +366,7 @@ def test_what_is_no_size(wrong):
         to_size(wrong)
 
 
-# ---- the README's table
+# ---- the page of settings
 
 
 def test_table_holds_every_key():
@@ -379,7 +379,7 @@ def test_table_holds_every_key():
 
 
 def test_update_rewrites_only_what_lies_between_the_markers(tmp_path, capsys):
-    path = tmp_path / "README.md"
+    path = tmp_path / "settings.md"
     path.write_text(f"before\n{zst.SETTINGS_BEGIN}\nold\n{zst.SETTINGS_END}\nafter\n", encoding="utf-8")
     assert zst.main(["--update", str(path)]) == 0
     text = path.read_text(encoding="utf-8")
@@ -387,12 +387,9 @@ def test_update_rewrites_only_what_lies_between_the_markers(tmp_path, capsys):
     path.write_text("no markers", encoding="utf-8")
     assert zst.main(["--update", str(path)]) == 2
     assert path.read_text(encoding="utf-8") == "no markers"
-    assert "README.md" in capsys.readouterr().err
+    assert "settings.md" in capsys.readouterr().err
 
 
-def test_readme_is_up_to_date():
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if zst.SETTINGS_BEGIN not in text:
-        pytest.skip("README.md has no settings table yet")
-    assert zst.update_markdown(text) == text, "run: python -m zemosaic_pipeline.settings.docs --update README.md"
+def test_page_of_settings_is_up_to_date():
+    text = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert zst.update_markdown(text) == text, "run: python -m zemosaic_pipeline.settings.docs --update docs/settings.md"

@@ -1,7 +1,7 @@
-"""The README's tables of settings, made from `settings.settings`; a test keeps the README up to date.
+"""The tables of docs/settings.md, made from `settings.settings`; a test keeps that page up to date.
 
-``python -m settings.docs`` prints them; with ``--update README.md`` it writes them into that file,
-between its markers.
+``python -m zemosaic_pipeline.settings.docs`` prints them; with ``--update docs/settings.md`` it writes them into that
+file, between its markers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _setting_row(row: Setting) -> str:
 
 
 def settings_table_markdown() -> str:
-    """Return the README's two tables: the settings, and what becomes of the GUI's other keys."""
+    """Return the two tables: the settings, and what becomes of the GUI's other keys."""
     lines = ["| setting | default | unit | meaning | GUI |", "|---|---|---|---|---|"]
     lines += [_setting_row(row) for row in SETTINGS]
     lines += ["", "Every other key of the GUI's configuration:", ""]
@@ -74,8 +74,10 @@ def update_markdown(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables, or write them into a file between its markers."""
-    parser = argparse.ArgumentParser(prog="python -m settings.docs", description="Print the tables of settings.")
-    parser.add_argument("--update", type=Path, metavar="README.md", help="write them between its markers")
+    parser = argparse.ArgumentParser(
+        prog="python -m zemosaic_pipeline.settings.docs", description="Print the tables of settings."
+    )
+    parser.add_argument("--update", type=Path, metavar="docs/settings.md", help="write them between its markers")
     path = parser.parse_args(argv).update
     if path is None:
         print(settings_table_markdown(), end="")

@@ -4,7 +4,8 @@ The fields of `Settings` are the settings of the worker, under the names of the 
 has them; `SETTINGS` is the table derived from them. `GUI_KEYS` tells of every key of that configuration if
 it is honoured (a field of the same name), translated (to another setting), or ignored, and why; those that
 are no fields are listed in `settings.gui_keys`. Command line, configuration file, Python call and GUI all
-enter through `Settings.from_mapping`. The README's tables are made from the same source: ``python -m settings.docs --update README.md``.
+enter through `Settings.from_mapping`. The tables of docs/settings.md are made from the same
+source: ``python -m zemosaic_pipeline.settings.docs --update docs/settings.md``.
 """
 
 from __future__ import annotations
@@ -452,7 +453,7 @@ class Settings:
         notes = []
         if unused:
             names = ", ".join(sorted(unused))
-            notes.append(f"Settings that this version does not use (the README's table says why): {names}")
+            notes.append(f"Settings that this version does not use (docs/settings.md says why): {names}")
         return cls(**values), notes
 
 
@@ -496,7 +497,7 @@ GUI_KEYS: dict[str, GuiKey] = FOREIGN_KEYS | {
 
 def _unknown_key(key: Any, source: str) -> str:
     near = difflib.get_close_matches(str(key), [*_BY_KEY, *GUI_KEYS], n=1, cutoff=0.5)
-    hint = f": did you mean {near[0]}?" if near else "; the README's table lists all of them."
+    hint = f": did you mean {near[0]}?" if near else "; docs/settings.md lists all of them."
     return f"Unknown setting {show(key)} ({source}){hint}"
 
 
