@@ -16,7 +16,7 @@ from zemosaic_pipeline.fits.find import SetAside
 from zemosaic_pipeline.fits.headers import quiet
 from zemosaic_pipeline.host import telemetry
 from zemosaic_pipeline.host.folders import log_file, log_start, scratch_folder
-from zemosaic_pipeline.host.progress import Callback, Reporter
+from zemosaic_pipeline.host.progress import Listener, Reporter
 from zemosaic_pipeline.host.telemetry import PhaseClock, ResourceMonitor, telemetry_feed
 from zemosaic_pipeline.host.threads import worker_count
 from zemosaic_pipeline.phases.frame_plan import FramePlan
@@ -132,7 +132,7 @@ def open_run(
     settings: Settings,
     *,
     plan: FramePlan | None = None,
-    listeners: Sequence[Callback] = (),
+    listeners: Sequence[Listener] = (),
     notes: Sequence[str] = (),
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[Run]:

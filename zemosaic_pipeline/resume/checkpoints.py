@@ -12,7 +12,7 @@ What belongs together
 Each piece bears a *fingerprint*: a digest of everything that its bits depend on. That is the program (the content of
 its modules), the versions of the libraries, the settings that act in its step, the *tokens* of the inputs
 (`resume.inputs`), and what earlier steps found. Threads and preview settings are not in it, since no bit depends on
-them; the name of the backend is, since CPU and GPU differ in the seventh digit.
+them; the name of the backend is, since pixels of CPU and GPU may differ in their last bits.
 """
 
 from __future__ import annotations
