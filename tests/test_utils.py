@@ -100,6 +100,12 @@ def test_radial_weights_stay_between_the_floor_and_one(size):
     np.testing.assert_array_equal(weights, weights[::-1, ::-1])
 
 
+@pytest.mark.parametrize("power", [0.5, 2.5, 3.0])
+def test_radial_weights_are_numbers_whatever_the_power(power):
+    weights = arrays.make_radial_weight_map(41, 61, 0.5, power, min_weight_floor=0.0)
+    assert np.isfinite(weights).all() and weights.min() == 0 and weights.max() == 1
+
+
 def test_radial_weights_refuse_nonsense():
     with pytest.raises(ValueError, match="pixels"):
         arrays.make_radial_weight_map(0, 5)

@@ -112,6 +112,9 @@ def make_radial_weight_map(
     x = np.arange(width, dtype=np.float32) - np.float32((width - 1) / 2)
     reach = np.float32(max(feather_fraction * math.hypot(height / 2, width / 2), 1e-6))
     radius = np.minimum(np.hypot(y[:, None], x[None, :]) / reach, np.float32(1))
-    weight = np.cos(radius * np.float32(np.pi / 2)) ** np.float32(shape_power)
+    # the float32 next to pi/2 lies beyond it: its cosine is negative, and a power of that no number
+    weight = np.maximum(np.cos(radius * np.float32(np.pi / 2)), np.float32(0)) ** np.float32(shape_power)
     centre = weight.max()  # with an even size the centre lies between the pixels
+    if centre == 0:  # of two or four pixels, each lies beyond R
+        return np.ones((height, width), np.float32)
     return np.clip(weight / centre, min_weight_floor, 1).astype(np.float32, copy=False)

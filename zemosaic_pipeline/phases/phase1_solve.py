@@ -149,7 +149,7 @@ class Solving:
     def solve(self, name: str) -> None:
         """Give one frame to the solver, or take the solution of the stopped run."""
         item, kept = self.measured[name], self.run.kept
-        fingerprint = kept.fingerprint("solve", kept.token(item.frame.path), item.stars.x, item.stars.y)
+        fingerprint = kept.fingerprint("solve", item.fingerprint, item.stars.x, item.stars.y)
         try:
             solution = kept.cached("solve", name, fingerprint, lambda: self.ask_solver(item), PLATE_SOLUTION)
         except SolverMissing:

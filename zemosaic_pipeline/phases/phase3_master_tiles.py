@@ -24,7 +24,7 @@ from zemosaic_pipeline.fits.tile import Tile, open_tile
 from zemosaic_pipeline.fits.writer import MosaicWriter
 from zemosaic_pipeline.phases.phase4_grid import usable
 from zemosaic_pipeline.phases.phase5_canvas import alpha_of
-from zemosaic_pipeline.phases.phase5_normalise import Scene, matched
+from zemosaic_pipeline.phases.phase5_normalise import Scene, coarse_cell, matched
 from zemosaic_pipeline.phases.run import Run, Tools
 from zemosaic_pipeline.pixels.backend_base import Backend
 from zemosaic_pipeline.pixels.methods import CombineMethod, ResamplingKernel
@@ -37,6 +37,7 @@ from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile, place_tiles
 from zemosaic_pipeline.resample.survey import TileSurvey
 from zemosaic_pipeline.resume.checkpoints import Codec
+from zemosaic_pipeline.resume.pieces import backend_name, exact_wcs
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.stars.alignment import align_frames
 
@@ -108,18 +109,23 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pi
     frames = aligned(run, frames)
     if not frames:
         return None
+    backend = run.tools.switch.backend
+    cell = stack_cell(run.settings, frames)
     fingerprint = run.kept.fingerprint(
         "stack",
-        run.tools.switch.name,
+        backend_name(backend),
+        cell,
         [(item.name, item.measured.fingerprint) for item in frames],
-        [item.wcs.to_header_string(relax=True) for item in frames],
+        [exact_wcs(item.wcs) for item in frames],
     )
 
     def make() -> Stacked | None:
-        if not stack(run, number, frames, path, pixels):
+        if not stack(run, number, frames, path, pixels, cell):
             return None
         facts = {item.name: {key: run.frames[item.name].get(key) for key in STACK_FACTS} for item in frames}
-        return Stacked(file_digest(path) if fingerprint else "", facts)
+        # what another backend has made, after a failure of the GPU, is not what the fingerprint says
+        same = fingerprint and run.tools.switch.backend is backend
+        return Stacked(file_digest(path) if same else "", facts)
 
     def still_there(made: Stacked | None) -> bool:
         return made is not None and path.is_file() and file_digest(path) == made.digest
@@ -128,6 +134,8 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pi
     if made is None:
         return None
     for name, facts in made.frames.items():
+        if facts["status"] == "set aside" != run.frames[name]["status"]:  # by the run that was stopped
+            run.set_frame_aside(name, facts["reason"])
         run.frames[name] |= facts
     return fingerprint
 
@@ -202,7 +210,15 @@ def panel_settings(settings: Settings) -> Settings:
     )
 
 
-def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, pixels: PixelStore) -> bool:
+def stack_cell(settings: Settings, frames: Sequence[SolvedFrame]) -> int:
+    """Side of the cells in which the frames of a panel are compared."""
+    area = sum(item.frame.shape[0] * item.frame.shape[1] for item in frames)
+    return coarse_cell(panel_settings(settings), area, frames[0].frame.channels)
+
+
+def stack(
+    run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, pixels: PixelStore, cell: int
+) -> bool:  # fmt: skip
     """Stack the frames of one panel into a master tile; False where none of them can be used."""
     # its progress is no progress of the mosaic, and nothing of it is kept but the tile
     tools = Tools(panel_settings(run.settings), run.tools.switch, run.tools.jobs, run.tools.cancelled, hubs=HUBS)
@@ -224,7 +240,7 @@ def stack(run: Run, number: int, frames: Sequence[SolvedFrame], path: Path, pixe
         run.set_frame_aside(item.name, item.reason)
     if not good:
         return False
-    scene = matched(tools, grid, good, pixels)
+    scene = matched(tools, grid, good, pixels, cell)
     for item in scene.left_out:
         run.set_frame_aside(item.name, item.reason)
     tell(run, number, scene.solution.warnings)

@@ -64,7 +64,9 @@ class Scene:
 def normalise(run: Run, grid: OutputGrid, tiles: Sequence[SurveyedTile], pixels: PixelStore) -> Scene:
     """The mosaic's tiles matched in their overlaps; what the solution has to say is said."""
     run.choose_backend()
-    scene = matched(run.tools, grid, tiles, pixels)
+    area = sum((item.rect[1] - item.rect[0]) * (item.rect[3] - item.rect[2]) for item, _ in tiles)
+    cell = coarse_cell(run.settings, area, tiles[0][0].tile.channels)
+    scene = matched(run.tools, grid, tiles, pixels, cell)
     run.aside += scene.left_out
     for warning in scene.solution.warnings:
         run.reporter.warn("", warning.text, kind=warning.kind, subject=warning.subject)
@@ -83,12 +85,17 @@ def wants_solution(settings: Settings) -> bool:
     return settings.intertile_photometric_match or settings.match_background_for_final
 
 
-def matched(tools: Tools, grid: OutputGrid, tiles: Sequence[SurveyedTile], pixels: PixelStore) -> Scene:
-    """Weights, coarse measurement and photometric solution of tiles; those that do not belong are left out."""
+def matched(
+    tools: Tools, grid: OutputGrid, tiles: Sequence[SurveyedTile], pixels: PixelStore, cell: int
+) -> Scene:  # fmt: skip
+    """Weights, coarse measurement (in cells of ``cell`` pixels) and photometric solution of tiles; those that do not
+    belong are left out."""
     settings = tools.settings
     surveys = [survey for _, survey in tiles]
     placed = [with_weight(settings, item, survey) for item, survey in tiles]
-    solution = solve(tools, grid, placed, surveys, pixels)
+    solution = identity_solution(len(placed), placed[0].tile.channels)
+    if wants_solution(settings):
+        solution = solve(tools, grid, list(zip(placed, surveys, strict=True)), pixels, cell)
     if settings.tile_weight_mode == "inverse_variance" and settings.enable_tile_weighting:
         placed = with_inverse_variance(placed, surveys, solution)
     keep = [k for k in range(len(placed)) if not solution.excluded[k]]
@@ -134,13 +141,11 @@ def with_inverse_variance(
 
 
 def solve(
-    tools: Tools, grid: OutputGrid, placed: Sequence[PlacedTile], surveys: Sequence[TileSurvey], pixels: PixelStore
+    tools: Tools, grid: OutputGrid, tiles: Sequence[SurveyedTile], pixels: PixelStore, cell: int
 ) -> PhotometricSolution:
     """Measure the tiles on the coarse grid (on the run's backend) and solve for gains and offsets (on the CPU)."""
-    count = len(placed)
-    if not wants_solution(tools.settings):
-        return identity_solution(count, placed[0].tile.channels)
-    cell = coarse_cell(tools.settings, placed)
+    count = len(tiles)
+    placed, surveys = [item for item, _ in tiles], [survey for _, survey in tiles]
     overlaps = overlap_counts(placed, grid.shape, cell)
     tools.count(STAGE, 0, count)
 
@@ -189,11 +194,10 @@ def gains_and_offsets(
     return compute_photometric_gains_and_offsets(coarse, options, pairs)
 
 
-def coarse_cell(settings: Settings, placed: Sequence[PlacedTile]) -> int:
-    """Side of the coarse cells, doubled until the coarse tiles fit their share of the memory budget."""
+def coarse_cell(settings: Settings, area: int, channels: int) -> int:
+    """Side of the coarse cells, doubled until those of tiles of ``area`` pixels together fit their share of the budget."""
     cell = settings.photometry_cell_px
-    area = sum((item.rect[1] - item.rect[0]) * (item.rect[3] - item.rect[2]) for item in placed)
-    bytes_per_cell = 4 * (placed[0].tile.channels + 1)
+    bytes_per_cell = 4 * (channels + 1)
     while cell < 64 and area * bytes_per_cell / cell**2 > COARSE_SHARE * settings.memory_budget:
         cell *= 2
     return cell

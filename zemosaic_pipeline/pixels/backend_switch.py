@@ -52,6 +52,11 @@ class BackendSwitch:
         """``gpu`` or ``cpu``: what the next step will run on."""
         return "cpu" if self.gpu is None else "gpu"
 
+    @property
+    def backend(self) -> Backend:
+        """What the next step will run on."""
+        return self.cpu if self.gpu is None else self.gpu
+
     def run(self, step: Callable[[Backend], Result]) -> Result:
         """``step(backend)`` on the GPU, or, after any device failure, once more and wholly on the CPU."""
         if self.gpu is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from astropy.io import fits
+from astropy.wcs import WCS
 
 from zemosaic_photometry import PhotometricSolution
 from zemosaic_pipeline.errors import Notice
@@ -103,12 +104,21 @@ def backend_name(backend: Backend) -> str:
 
 
 def exact_grid(grid: OutputGrid) -> list[Any]:
-    """The output grid for a fingerprint; a header alone rounds its numbers."""
-    wcs = grid.wcs
+    """The output grid for a fingerprint."""
+    return [grid_header(grid).tostring(), grid.shape, *exact_numbers(grid.wcs)]
+
+
+def exact_wcs(wcs: WCS) -> list[Any]:
+    """A WCS for a fingerprint."""
+    return [wcs.to_header_string(relax=True), *exact_numbers(wcs)]
+
+
+def exact_numbers(wcs: WCS) -> list[np.ndarray]:
+    """The numbers of a WCS that its header rounds."""
     exact = [wcs.wcs.crval, wcs.wcs.crpix, wcs.pixel_scale_matrix]
     if wcs.sip is not None:
-        exact += [wcs.sip.crpix, wcs.sip.a, wcs.sip.b]
-    return [grid_header(grid).tostring(), grid.shape, *exact]
+        exact += [part for part in (wcs.sip.crpix, wcs.sip.a, wcs.sip.b) if part is not None]
+    return exact
 
 
 def packed_solution(solution: PhotometricSolution) -> bytes:

@@ -53,28 +53,22 @@ class Settings:
     )
 
     # Phase 1: raw frames
-    dark: str = setting(
-        "", "master dark, or a folder of dark frames", kind="path", ours=True, acts_in=("frame", "solve")
-    )
-    flat: str = setting(
-        "", "master flat, or a folder of flat frames", kind="path", ours=True, acts_in=("frame", "solve")
-    )
-    bias: str = setting(
-        "", "master bias, or a folder of bias frames", kind="path", ours=True, acts_in=("frame", "solve")
-    )
+    dark: str = setting("", "master dark, or a folder of dark frames", kind="path", ours=True, acts_in=("frame",))
+    flat: str = setting("", "master flat, or a folder of flat frames", kind="path", ours=True, acts_in=("frame",))
+    bias: str = setting("", "master bias, or a folder of bias frames", kind="path", ours=True, acts_in=("frame",))
     bayer_pattern: str = setting(
         "auto",
         "colour filters of the sensor; auto: what the header says, GRBG for a Seestar",
         choices=("auto", "RGGB", "GRBG", "GBRG", "BGGR"),
         ours=True,
-        acts_in=("frame", "solve"),
+        acts_in=("frame",),
     )
     debayer_method: str = setting(
         "bilinear",
         "how the colours between the filters are interpolated; edge_aware is sharper and loses light of stars",
         choices=("bilinear", "edge_aware"),
         ours=True,
-        acts_in=("frame", "solve"),
+        acts_in=("frame",),
     )
     hot_pixel_sigma: float = setting(
         5.0,
@@ -83,7 +77,7 @@ class Settings:
         low=0,
         high=1000,
         ours=True,
-        acts_in=("frame", "solve"),
+        acts_in=("frame",),
     )
     reject_bad_frames: bool = setting(
         True, "set aside frames that are trailed or clouded beside the others", ours=True, acts_in=()
