@@ -71,6 +71,11 @@ def pixel_to_sky(wcs: WCS, pixels: ArrayLike) -> np.ndarray:
     return np.asarray(wcs.all_pix2world(pixels, 0))
 
 
+def sky_to_pixel(plane: WCS, directions: np.ndarray) -> np.ndarray:
+    """Return the 0-based pixels (N, 2) of a WCS without distortion that show directions (N, 2); NaN where none does."""
+    return np.asarray(plane.wcs_world2pix(directions, 0))
+
+
 def image_centre(wcs: WCS, shape: tuple[int, int]) -> tuple[float, float]:
     """Return where the middle of an image of `shape` (H, W) lies, in the celestial frame of `wcs`."""
     height, width = shape

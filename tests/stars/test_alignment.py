@@ -11,10 +11,14 @@ from astropy.wcs import WCS
 
 from scenes.places import real_files
 from scenes.star_fields import NOISE, SHAPE, brightest, errors, make_wcs, observe, rms
-from zemosaic_pipeline.stars.alignment import align_frames
+from zemosaic_pipeline.stars.alignment import align_frames as align
 from zemosaic_pipeline.stars.detection import Stars, find_stars
 from zemosaic_pipeline.stars.matching import Affine, moved_wcs, transfer_wcs
 from zemosaic_pipeline.stars.quality import frame_quality
+
+
+def align_frames(stars, given, pointings=None):
+    return align(stars, given, [SHAPE] * len(stars), pointings)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["TAN", "TAN-SIP"])
@@ -35,7 +39,7 @@ def test_frames_are_aligned(panel):
     truth, given, stars = panel
     kept = [wcs.to_header_string(relax=True) for wcs in given]
     start = time.perf_counter()
-    found = align_frames(stars, given, SHAPE)
+    found = align_frames(stars, given)
     assert time.perf_counter() - start < 2
     assert kept == [wcs.to_header_string(relax=True) for wcs in given], "what was given is not changed"
     before = np.array([errors(g, t) for g, t in zip(given, truth, strict=True)])
@@ -57,20 +61,20 @@ def test_frames_are_aligned(panel):
 def test_the_order_of_the_frames_does_not_matter(panel):
     _, given, stars = panel
     order = np.random.default_rng(1).permutation(16)
-    straight = align_frames(stars, given, SHAPE)
-    shuffled = align_frames([stars[k] for k in order], [given[k] for k in order], SHAPE)
+    straight = align_frames(stars, given)
+    shuffled = align_frames([stars[k] for k in order], [given[k] for k in order])
     assert max(rms(errors(shuffled[n].wcs, straight[k].wcs)) for n, k in enumerate(order)) < 0.02
 
 
 def test_a_panel_that_agrees_stays(panel):
     truth, _, stars = panel
-    assert max(item.shift_px for item in align_frames(stars, truth, SHAPE)) < 0.06
+    assert max(item.shift_px for item in align_frames(stars, truth)) < 0.06
 
 
 def test_an_offset_of_many_pixels_is_brought_back(panel):
     truth, given, stars = panel
     off = [*given[:5], moved_wcs(given[5], Affine(np.eye(2), np.array([25.0, -17.0])))]
-    found = align_frames(stars[:6], off, SHAPE)
+    found = align_frames(stars[:6], off)
     after = np.array([errors(f.wcs, t) for f, t in zip(found, truth, strict=False)])
     assert found[5].reason is None and found[5].shift_px == pytest.approx(np.hypot(25, 17), abs=2)
     assert rms(after - np.median(after, axis=0)) < 0.05
@@ -84,7 +88,7 @@ def test_lying_frames_are_named(panel):
     given[3] = make_wcs(ra, dec + 0.3, sip=sip)
     given[7] = make_wcs(*truth[7].wcs.crval, 180, sip=sip)
     given[9] = make_wcs(*truth[9].wcs.crval, -1.5, scale=2.6, sip=sip)
-    found = align_frames(stars, given, SHAPE)
+    found = align_frames(stars, given)
     assert [k for k, item in enumerate(found) if item.reason] == [3, 7, 9]
     assert "not where its WCS says" in found[3].reason and found[3].wcs is given[3]
 
@@ -94,20 +98,20 @@ def test_of_two_that_disagree_the_pointing_decides_else_the_number_of_stars(pane
     ra, dec = truth[0].wcs.crval
     lying = make_wcs(ra + 0.3, dec + 0.3)
     pair = [stars[0], stars[1]], [lying, given[1]]
-    assert [bool(r.reason) for r in align_frames(*pair, SHAPE, [(ra, dec), (ra, dec)])] == [True, False]
+    assert [bool(r.reason) for r in align_frames(*pair, [(ra, dec), (ra, dec)])] == [True, False]
     more = brightest(stars[1], 200)
-    assert [bool(r.reason) for r in align_frames([stars[0], more], pair[1], SHAPE)] == [False, True]
+    assert [bool(r.reason) for r in align_frames([stars[0], more], pair[1])] == [False, True]
 
 
 def test_what_cannot_be_judged_keeps_its_wcs(panel):
     _, given, stars = panel
     far = make_wcs(315.4, 66.7)
     empty = Stars.none(500.0, NOISE)
-    found = align_frames([*stars[:3], observe(far, 50), empty], [*given[:3], far, given[3]], SHAPE)
+    found = align_frames([*stars[:3], observe(far, 50), empty], [*given[:3], far, given[3]])
     assert [item.reason for item in found] == [None] * 5
     assert found[3].wcs is far and found[4].wcs is given[3] and found[4].matched == 0 and found[0].matched > 200
-    assert align_frames([], [], SHAPE) == []
-    assert align_frames(stars[:1], given[:1], SHAPE)[0].wcs is given[0]
+    assert align_frames([], []) == []
+    assert align_frames(stars[:1], given[:1])[0].wcs is given[0]
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +130,11 @@ def test_real_frames_of_two_nights(real):
     stars, given = real
     assert all(len(s) > 150 and 2 < np.median(s.fwhm) < 5 for s in stars)
     assert frame_quality(stars) == [None] * 6
-    found = align_frames(stars, given, SHAPE)
+    found = align_frames(stars, given)
     assert all(item.reason is None and item.matched > 150 and item.rms_px < 0.3 for item in found)
     for reference in (0, 4):
         for k in range(6):
             wcs = transfer_wcs(stars[k], stars[reference], found[reference].wcs)
             assert rms(errors(wcs, found[k].wcs)) < 0.2
     turned = [*given[:4], given[4], moved_wcs(given[5], Affine(-np.eye(2), np.array([1079.0, 1919.0])))]
-    assert [bool(item.reason) for item in align_frames(stars, turned, SHAPE)] == [False] * 5 + [True]
+    assert [bool(item.reason) for item in align_frames(stars, turned)] == [False] * 5 + [True]

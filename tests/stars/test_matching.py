@@ -77,7 +77,7 @@ def test_unrelated_fields_are_refused():
             a, b = night(2, int(rng.integers(2**31)), stars=count)
             assert transfer_wcs(a, b, make_wcs()) is None
             # and are not aligned with each other either
-            reasons = [item.reason for item in align_frames([a, b], [make_wcs(), make_wcs()], (1000, 1000))]
+            reasons = [item.reason for item in align_frames([a, b], [make_wcs(), make_wcs()], [(1000, 1000)] * 2)]
             assert sum(reason is not None for reason in reasons) == (count >= 9)
 
 

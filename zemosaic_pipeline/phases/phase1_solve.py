@@ -180,11 +180,11 @@ class Solving:
 
 def neighbourhood(items: Sequence[SolvedFrame]) -> list[list[int]]:
     """Of every frame those whose middle lies within a quarter of its shorter side, itself included."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     points = unit_vectors(*np.transpose([item.centre for item in items]))
     reach = [chord(field_of(item.frame) / 4) for item in items]
-    return cKDTree(points).query_ball_point(points, reach)
+    return KDTree(points).query_ball_point(points, reach)
 
 
 def contradiction(item: SolvedFrame, other: SolvedFrame) -> str | None:

@@ -105,9 +105,10 @@ class Astap:
         # the frame's height in degrees, as the program's help has it: -pxscale is not known to every version
         fov = 0.0 if hints.scale is None else hints.scale * hints.shape[0] / 3600
         command = [str(self.program), "-f", "image.fits", "-wcs", "-log", "-fov", f"{fov:.6g}"]
-        command += ["-z", str(self.downsample), "-r", f"{hints.radius if hints.pointed else 180:.6g}"]
-        if hints.pointed:
-            command += ["-ra", f"{hints.ra / 15:.6f}", "-spd", f"{hints.dec + 90:.6f}"]
+        command += ["-z", str(self.downsample), "-r", f"{180 if hints.pointing is None else hints.radius:.6g}"]
+        if hints.pointing is not None:
+            ra, dec = hints.pointing
+            command += ["-ra", f"{ra / 15:.6f}", "-spd", f"{dec + 90:.6f}"]
         return command if self.data is None else [*command, "-d", str(self.data)]
 
 

@@ -124,17 +124,18 @@ def _write_stars(path: Path, stars: StarList) -> None:
 def _attempts(hints: Hints) -> list[list[str]]:
     """Return the arguments of each attempt, the narrowest search first."""
 
-    def search(scale: float | None, pointed: bool, stars: int) -> list[str]:
+    def search(scale: float | None, pointing: tuple[float, float] | None, stars: int) -> list[str]:
         low, high = _SCALES if scale is None else (scale * (1 - _SCALE_SLACK), scale * (1 + _SCALE_SLACK))
         result = ["--scale-units", "arcsecperpix", "--scale-low", f"{low:.6g}", "--scale-high", f"{high:.6g}"]
-        if pointed:
-            result += ["--ra", f"{hints.ra:.6f}", "--dec", f"{hints.dec:.6f}", "--radius", f"{hints.radius:.4f}"]
+        if pointing is not None:
+            ra, dec = pointing
+            result += ["--ra", f"{ra:.6f}", "--dec", f"{dec:.6f}", "--radius", f"{hints.radius:.4f}"]
         return [*result, "--objs", str(stars)]
 
-    attempts = [search(hints.scale, True, _STARS)] if hints.pointed else []
+    attempts = [] if hints.pointing is None else [search(hints.scale, hints.pointing, _STARS)]
     if hints.scale is not None:
-        attempts.append(search(hints.scale, False, _STARS))
-    return [*attempts, search(None, False, _STARS_WIDE)]
+        attempts.append(search(hints.scale, None, _STARS))
+    return [*attempts, search(None, None, _STARS_WIDE)]
 
 
 def _check_output(output: str) -> None:

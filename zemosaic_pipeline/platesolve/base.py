@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from astropy.io import fits
@@ -44,9 +45,12 @@ class SolverMissing(Exception):
 class StarList(Protocol):
     """Stars of one frame, brightest first: float arrays (N,), positions in pixels, the first pixel's centre at 0."""
 
-    x: Any
-    y: Any
-    flux: Any
+    @property
+    def x(self) -> np.ndarray: ...
+    @property
+    def y(self) -> np.ndarray: ...
+    @property
+    def flux(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ class Hints:
     scale: float | None
 
     @property
-    def pointed(self) -> bool:
-        """Whether the pointing is known."""
-        return self.ra is not None and self.dec is not None
+    def pointing(self) -> tuple[float, float] | None:
+        """Both coordinates, or None where one is missing."""
+        return None if self.ra is None or self.dec is None else (self.ra, self.dec)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,10 @@ class Solution:
 class Solver(Protocol):
     """A plate solver that can be used; `solve` may be called from several threads at once."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in messages and reports."""
+        ...
 
     def solve(
         self,
@@ -159,7 +166,6 @@ def run_program(command: Sequence[str], folder: Path, timeout: float, cancelled:
     """
     check(cancelled)
     windows = os.name == "nt"
-    group = {"creationflags": 0x08000200} if windows else {"start_new_session": True}  # no window, new group
     try:
         process = subprocess.Popen(
             list(command),
@@ -167,10 +173,12 @@ def run_program(command: Sequence[str], folder: Path, timeout: float, cancelled:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            **group,
+            creationflags=0x08000200 if windows else 0,  # no window, new group
+            start_new_session=not windows,
         )
     except OSError as error:
         raise SolveError(f"{command[0]} cannot be started ({error.strerror or error}).") from error
+    assert isinstance(process.stdout, io.BufferedReader)  # a pipe
     tail: deque[bytes] = deque(maxlen=_OUTPUT_LIMIT // 4096)
     reader = threading.Thread(target=_keep_tail, args=(process.stdout, tail), daemon=True)
     reader.start()
@@ -185,7 +193,7 @@ def run_program(command: Sequence[str], folder: Path, timeout: float, cancelled:
     return b"".join(tail).decode("utf-8", "replace")
 
 
-def _keep_tail(stream: Any, tail: deque[bytes]) -> None:
+def _keep_tail(stream: io.BufferedReader, tail: deque[bytes]) -> None:
     while piece := stream.read1(4096):
         tail.append(piece)
 
@@ -213,7 +221,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 # --------------------------------------------------------------------------------------------------------- header
 
 
-def read_cards(path: Path) -> list[tuple[str, Any]]:
+def read_cards(path: Path) -> list[tuple[str, object]]:
     """Read the WCS cards of a header file, whether a FITS header, or text with one card a line and odd bytes.
 
     Returns
@@ -235,7 +243,7 @@ def read_cards(path: Path) -> list[tuple[str, Any]]:
     return cards
 
 
-def wcs_header(cards: Iterable[tuple[str, Any]], hints: Hints) -> fits.Header:
+def wcs_header(cards: Iterable[tuple[str, object]], hints: Hints) -> fits.Header:
     """Make a header of the WCS cards among `cards`, and prove that it is a celestial WCS.
 
     SIP terms are kept unless all are 0. Catalogues are ICRS: it is said, since readers would take FK5.

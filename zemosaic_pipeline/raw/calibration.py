@@ -31,7 +31,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -39,6 +38,7 @@ from zemosaic_pipeline.errors import UnusableFile, UsageError
 from zemosaic_pipeline.fits.find import find_fits_files
 from zemosaic_pipeline.fits.tile import StoredImage, open_image
 from zemosaic_pipeline.raw.header import Facts, header_text, read_facts, red_position, stored_pattern
+from zemosaic_pipeline.settings.settings import Settings
 
 _BLOCK_BYTES = 64 << 20
 """Memory for the block of rows of all frames that are combined; statistics need twice as much again."""
@@ -47,17 +47,6 @@ _DARK_EXPOSURE = 0.1
 _DARK_DEGREES = 5.0
 _BLIND = 0.01
 """A flat below this fraction of its median saw no light."""
-
-
-class _Wanted(Protocol):
-    """The settings that matter here."""
-
-    dark: str
-    flat: str
-    bias: str
-    debayer_method: str
-    bayer_pattern: str
-    hot_pixel_sigma: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,14 +164,13 @@ class Calibration:
             return None
         for master in self.masters:
             _require_size(master, f"the frame {name}", shape)
-        factor = self._dark_factor(name, facts) if self.dark else 1.0
-        data = (None if master is None else master.data for master in (self.bias, self.dark, self.flat))
-        bias, dark, gain = data
+        factor = 1.0 if self.dark is None else self._dark_factor(self.dark, name, facts)
+        bias, dark, gain = (None if master is None else master.data for master in (self.bias, self.dark, self.flat))
         return Correction(bias, dark, factor, gain)
 
-    def _dark_factor(self, name: str, facts: Facts) -> float:
-        dark = self.dark
-        if None not in (dark.temperature, facts.temperature):
+    def _dark_factor(self, dark: Master, name: str, facts: Facts) -> float:
+        """Return t(frame) / t(dark) where the dark can be scaled, else 1; what does not fit is said."""
+        if dark.temperature is not None and facts.temperature is not None:
             apart = abs(dark.temperature - facts.temperature)
             if apart > _DARK_DEGREES:
                 self.notice(
@@ -190,7 +178,7 @@ class Calibration:
                     f"The dark {dark.path.name} was taken at {dark.temperature:.1f} degrees, frames at "
                     f"{facts.temperature:.1f} ({name}): their dark current differs.",
                 )
-        if None in (dark.exposure, facts.exposure):
+        if dark.exposure is None or facts.exposure is None:
             return 1.0
         if self.bias is not None:
             return facts.exposure / dark.exposure
@@ -212,7 +200,7 @@ def _require_size(master: Master, other: str, shape: tuple[int, int]) -> None:
         )
 
 
-def load_calibration(settings: _Wanted, scratch_dir: Path | str, warn: Callable[[str], object]) -> Calibration:
+def load_calibration(settings: Settings, scratch_dir: Path | str, warn: Callable[[str], object]) -> Calibration:
     """Make the calibration that the settings ask for; masters are combined here.
 
     Parameters

@@ -117,8 +117,6 @@ class Frame:
         Of the image's HDU.
     wcs : WCS or None
         The header's celestial WCS where it works.
-    raw : bool
-        It has a Bayer pattern.
     exposure : float or None
         Seconds.
     ra, dec : float or None
@@ -144,7 +142,6 @@ class Frame:
     pixels: Pixels = field(repr=False)
     header: fits.Header = field(repr=False)
     wcs: WCS | None
-    raw: bool
     exposure: float | None
     ra: float | None
     dec: float | None
@@ -238,7 +235,6 @@ def open_frame(path: Path | str, name: str, calibration: Calibration, scratch_di
         pixels=pixels,
         header=image.header,
         wcs=image.wcs,
-        raw=pattern is not None,
         exposure=facts.exposure,
         ra=facts.ra,
         dec=facts.dec,

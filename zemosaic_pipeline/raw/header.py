@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsFloat, TypeVar
 
 from astropy.io import fits
 from astropy.wcs import WCS
@@ -21,6 +22,9 @@ from zemosaic_pipeline.sky import icrs_centre, pixel_scale
 
 PATTERNS = ("RGGB", "GRBG", "GBRG", "BGGR")
 """Bayer patterns: colours of the pixels (0, 0), (0, 1), (1, 0), (1, 1) as (row, column)."""
+_MOUNTS: dict[float | None, str] = {0.0: "altaz", 1.0: "eq"}
+"""By the Seestar's EQMODE."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def read_facts(header: fits.Header, primary: fits.Header, wcs: WCS | None = None
         Where it is there, the scale is its own; so is the pointing, if no keyword tells it.
     """
     ra, dec = _pointing(header, primary)
-    if ra is None and wcs is not None:
+    if ra is None and wcs is not None and wcs.array_shape is not None:
         ra, dec = icrs_centre(wcs, wcs.array_shape)
     return Facts(
         exposure=_positive(_number(header, primary, "EXPTIME", "EXPOSURE")),
@@ -71,7 +75,7 @@ def read_facts(header: fits.Header, primary: fits.Header, wcs: WCS | None = None
         ra=ra,
         dec=dec,
         scale=_optical_scale(header, primary) if wcs is None else 3600 * pixel_scale(wcs),
-        mount={0: "altaz", 1: "eq"}.get(_number(header, primary, "EQMODE")),
+        mount=_MOUNTS.get(_number(header, primary, "EQMODE")),
         date=header_text(header, primary, "DATE-OBS"),
     )
 
@@ -100,8 +104,10 @@ def _number(header: fits.Header, primary: fits.Header, *keys: str) -> float | No
 
 
 def _to_float(value: object) -> float | None:
+    if not isinstance(value, str | SupportsFloat):
+        return None
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
@@ -241,13 +247,15 @@ def stored_pattern(
 
 
 def _whole(value: object) -> int:
-    number = float(value)  # type: ignore[arg-type]
-    if not number.is_integer():
+    number = _to_float(value)
+    if number is None or not number.is_integer():
         raise ValueError(value)
     return int(number)
 
 
-def _strict(header: fits.Header, primary: fits.Header, key: str, default, path: Path, kind: Callable):
+def _strict(
+    header: fits.Header, primary: fits.Header, key: str, default: object, path: Path, kind: Callable[[object], _T]
+) -> _T:
     """Value of a keyword that must be readable where it is there."""
     try:
         return kind(header[key] if key in header else primary.get(key, default))

@@ -145,7 +145,8 @@ def refuse_scattered(tiles: Sequence[Tile], max_gigapixels: float, scale: float)
 def distances_from_middle(tiles: Sequence[Tile]) -> np.ndarray:
     """How far each tile's middle lies from that of the most central tile: degrees, float64 (N,)."""
     centres = np.array([icrs_centre(tile.wcs, tile.shape) for tile in tiles])
-    return separation(*centres.T, *most_central(centres))
+    ra, dec = centres.T
+    return separation(ra, dec, *most_central(centres))
 
 
 def too_large(tiles: Sequence[Tile], pixels: float, limit: float) -> str:

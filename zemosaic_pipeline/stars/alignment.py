@@ -21,9 +21,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from astropy.wcs import WCS
 
-from zemosaic_pipeline.sky import image_centre, median_direction, pixel_to_sky, scale_of, separation, tangent_plane
+from zemosaic_pipeline.sky import (
+    image_centre,
+    median_direction,
+    pixel_to_sky,
+    scale_of,
+    separation,
+    sky_to_pixel,
+    tangent_plane,
+)
 from zemosaic_pipeline.stars.detection import Stars, position_error
-from zemosaic_pipeline.stars.matching import Affine, fit_affine, moved_wcs, mutual_matches
+from zemosaic_pipeline.stars.matching import Affine, Model, fit_affine, moved_wcs, mutual_matches
 
 _STARS_USED = 300
 _VOTERS = 150
@@ -88,13 +96,13 @@ class _View:
         ahead = np.roll(self.outline, -1, axis=0) - self.outline
         away = points[:, None] - self.outline
         side = ahead[:, 0] * away[..., 1] - ahead[:, 1] * away[..., 0]
-        return (side >= 0).all(axis=1) | (side <= 0).all(axis=1)
+        return np.logical_or(np.all(side >= 0, axis=1), np.all(side <= 0, axis=1))
 
 
 def align_frames(
     stars: Sequence[Stars],
     wcs: Sequence[WCS],
-    shape: tuple[int, int] | Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, int]],
     pointings: Sequence[tuple[float, float] | None] | None = None,
 ) -> list[Refined]:
     """Bring the WCS of a panel's frames to agree on their stars.
@@ -110,7 +118,7 @@ def align_frames(
     stars : sequence of Stars
     wcs : sequence of WCS
         Celestial, two axes; not changed.
-    shape : (H, W), or one such pair for each frame
+    shapes : sequence of (H, W)
     pointings : sequence of (ra, dec) or None, optional
         Where the headers say that the telescope pointed, degrees.
 
@@ -120,7 +128,6 @@ def align_frames(
     """
     if not stars:
         return []
-    shapes = [shape] * len(stars) if np.ndim(shape) == 1 else list(shape)
     scale = float(np.median([scale_of(w) for w in wcs]))
     centres = np.array([image_centre(w, s) for w, s in zip(wcs, shapes, strict=True)])
     plane = tangent_plane(*median_direction(centres), scale)
@@ -160,7 +167,7 @@ def _on(plane: WCS, wcs: WCS, pixels: np.ndarray) -> np.ndarray:
     """Return pixels (N, 2) of a frame on the plane; far away what the plane does not show."""
     if not len(pixels):
         return pixels.reshape(0, 2)
-    found = plane.wcs_world2pix(pixel_to_sky(wcs, pixels), 0)
+    found = sky_to_pixel(plane, pixel_to_sky(wcs, pixels))
     return np.where(np.isfinite(found), found, 1e9)
 
 
@@ -295,16 +302,25 @@ def _fit(view: _View, catalogue: np.ndarray, radius: float, plane: WCS) -> tuple
 def _robust_fit(
     expected: np.ndarray, measured: np.ndarray, weight: np.ndarray, shape: tuple[int, int]
 ) -> tuple[Affine, np.ndarray]:
-    good = np.ones(len(expected), bool)
-    for _ in range(3):
-        affine = fit_affine(expected[good], measured[good], weight[good], _model(expected[good], shape))
+    """Fit a map three times, each time without the stars that are off; gives it and the stars that are not."""
+
+    def fitted(good: np.ndarray) -> Affine:
+        return fit_affine(expected[good], measured[good], weight[good], _model(expected[good], shape))
+
+    def near(affine: Affine, good: np.ndarray) -> np.ndarray:
         # in units of each star's own error
         off = np.hypot(*(measured - affine(expected)).T) * np.sqrt(weight)
-        good = off <= 3.5 * np.median(off[good]) + 1e-9
-    return affine, good
+        return off <= 3.5 * np.median(off[good]) + 1e-9
+
+    good = np.ones(len(expected), bool)
+    affine = fitted(good)
+    for _ in range(2):
+        good = near(affine, good)
+        affine = fitted(good)
+    return affine, near(affine, good)
 
 
-def _model(points: np.ndarray, shape: tuple[int, int]) -> str:
+def _model(points: np.ndarray, shape: tuple[int, int]) -> Model:
     """Return what can be fitted to stars at these pixels without tilting the part of the frame that has none."""
     spread = points.std(axis=0) / (shape[1], shape[0])
     if len(points) >= 12 and spread.min() > 0.15:
@@ -326,7 +342,8 @@ def _anchored(catalogue: np.ndarray, group: list[_View], given: list[WCS], plane
 
 def _displacement(before: WCS, after: WCS, shape: tuple[int, int]) -> float:
     """Return the rms distance (pixels) between where two WCS see the same sky, over a frame."""
-    plane = tangent_plane(*before.wcs.crval, scale_of(before))
+    ra, dec = before.wcs.crval
+    plane = tangent_plane(ra, dec, scale_of(before))
     height, width = shape
     grid = np.stack(np.meshgrid(np.linspace(0, width - 1, 4), np.linspace(0, height - 1, 4)), axis=-1).reshape(-1, 2)
     step = _on(plane, after, grid) - _on(plane, before, grid)

@@ -16,14 +16,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import numpy as np
 from astropy.wcs import WCS, Sip
 
-from zemosaic_pipeline.sky import image_centre, median_direction, pixel_to_sky, scale_of, separation, tangent_plane
+from zemosaic_pipeline.sky import (
+    image_centre,
+    median_direction,
+    pixel_to_sky,
+    scale_of,
+    separation,
+    sky_to_pixel,
+    tangent_plane,
+)
 from zemosaic_pipeline.stars.detection import Stars
 
 # ------------------------------------------------------------------------------------------- linear maps of pixels
+
+
+Model = Literal["shift", "rigid", "similar", "affine"]
+"""A shift; rotation and shift; these and a scale; any linear map and shift."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +51,8 @@ class Affine:
         return points @ self.matrix.T + self.shift
 
 
-def fit_affine(source: np.ndarray, target: np.ndarray, weight: np.ndarray, model: str) -> Affine:
-    """Fit the map that takes `source` to `target` (N, 2) in weighted least squares.
-
-    `model`: "shift", "rigid" (rotation and shift), "similar" (and scale) or "affine".
-    """
+def fit_affine(source: np.ndarray, target: np.ndarray, weight: np.ndarray, model: Model) -> Affine:
+    """Fit the map that takes `source` to `target` (N, 2) in weighted least squares."""
     w = weight / weight.sum()
     centre, goal = w @ source, w @ target
     a, b = source - centre, target - goal
@@ -82,12 +92,12 @@ def moved_wcs(wcs: WCS, affine: Affine) -> WCS:
 
 def mutual_matches(a: np.ndarray, b: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Return indices of the points of `a` and `b` (N, 2) that are each other's nearest, within `radius`."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     if not len(a) or not len(b):
         return np.zeros(0, int), np.zeros(0, int)
-    distance, there = cKDTree(b).query(a, distance_upper_bound=radius)
-    _, back = cKDTree(a).query(b)
+    distance, there = map(np.asarray, KDTree(b).query(a, distance_upper_bound=radius))
+    back = np.asarray(KDTree(a).query(b)[1])
     mine = np.flatnonzero(np.isfinite(distance))
     mine = mine[back[there[mine]] == mine]
     return mine, there[mine]
@@ -143,12 +153,12 @@ def _triangles(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Among the brightest stars all triangles; among the bright ones those of a star with two of its neighbours. The
     vertices run clockwise in all triangles or the sides are negative, so that mirror images differ.
     """
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     bright = points[:_CORNERSTONES]
     found = list(combinations(range(min(_ALL_AMONG, len(bright))), 3))
-    _, near = cKDTree(bright).query(bright, k=min(_NEIGHBOURS + 1, len(bright)))
-    for row in near:
+    near = KDTree(bright).query(bright, k=min(_NEIGHBOURS + 1, len(bright)))[1]
+    for row in np.asarray(near):
         found += [(row[0], a, b) for a, b in combinations(row[1:], 2)]
     corners = np.unique(np.sort(np.array(found), axis=1), axis=0)
     a, b, c = (bright[corners[:, k]] for k in range(3))
@@ -168,7 +178,7 @@ def _guesses(
     mine: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray], ratio: float, middle: np.ndarray
 ) -> list[Affine]:
     """Return the maps from frame to reference that most pairs of like triangles agree on, at most five."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     if not len(mine[0]) or not len(theirs[0]):
         return []
@@ -181,8 +191,8 @@ def _guesses(
             [np.log(length[:, 0] * factor) / _SCALE_SLACK, shape / 0.006, 1e3 * np.sign(sides[:, 0])]
         )
 
-    pairs = cKDTree(features(mine[1], ratio)).sparse_distance_matrix(
-        cKDTree(features(theirs[1], 1.0)), 1.0, p=np.inf, output_type="ndarray"
+    pairs = KDTree(features(mine[1], ratio)).sparse_distance_matrix(
+        KDTree(features(theirs[1], 1.0)), 1.0, p=np.inf, output_type="ndarray"
     )
     a, b = mine[0][pairs["i"]] @ (1, 1j), theirs[0][pairs["j"]] @ (1, 1j)
     za, zb = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
@@ -194,7 +204,7 @@ def _guesses(
     found = []
     while left.any() and len(found) < 5:
         index = np.flatnonzero(left)
-        near = cKDTree(votes[index]).query_ball_point(votes[index], 1.0)
+        near = KDTree(votes[index]).query_ball_point(votes[index], 1.0)
         most = max(range(len(near)), key=lambda k: len(near[k]))
         members = index[near[most]]
         if len(members) < 2 and found:
@@ -243,20 +253,29 @@ def _solution(i: np.ndarray, j: np.ndarray, mine: np.ndarray, theirs: np.ndarray
     wcs.wcs.ctype = ["RA---TAN" + suffix, "DEC--TAN" + suffix]
     wcs.sip = reference.sip
     # steps from CRPIX after the distortion; with origin 0 astropy would subtract 1 from them, too
-    steps = pixels + 1 - reference.wcs.crpix if wcs.sip is None else wcs.sip_pix2foc(pixels + 1, 1)
-    good = np.ones(len(pixels), bool)
+    steps = pixels + 1 - reference.wcs.crpix if wcs.sip is None else np.asarray(wcs.sip_pix2foc(pixels + 1, 1))
+    left = _fit_plane(wcs, steps, sky)
+    wcs.wcs.set()
+    return wcs if left < scale_of(reference) else None
+
+
+def _fit_plane(wcs: WCS, steps: np.ndarray, sky: np.ndarray) -> float:
+    """Set CRVAL and the CD matrix so that steps (N, 2) from CRPIX fall on the sky (N, 2).
+
+    CRVAL is near already. Returns what is left (rms, degrees) without the stars that are off by 4 medians.
+    """
+    good, off = np.ones(len(steps), bool), np.zeros(len(steps))
     for _ in range(4):
-        plane = tangent_plane(*wcs.wcs.crval, 1.0)
-        aim = plane.wcs_world2pix(sky, 0) * (-1, 1)
+        ra, dec = wcs.wcs.crval
+        plane = tangent_plane(ra, dec, 1.0)
+        aim = sky_to_pixel(plane, sky) * (-1, 1)
         affine = fit_affine(steps[good], aim[good], np.ones(good.sum()), "affine")
         # where CRPIX lies on this plane is the next plane's middle
-        wcs.wcs.crval = plane.wcs_pix2world(affine.shift[None] * (-1, 1), 0)[0]
+        wcs.wcs.crval = pixel_to_sky(plane, affine.shift[None] * (-1, 1))[0]
         wcs.wcs.cd = affine.matrix
         off = np.hypot(*(aim - affine(steps)).T)
         good = off <= 4 * np.median(off) + 1e-12
-    wcs.wcs.set()
-    left = np.sqrt(np.mean(off[good] ** 2)) / scale_of(reference)
-    return wcs if left < 1 else None
+    return float(np.sqrt(np.mean(off[good] ** 2)))
 
 
 # ------------------------------------------------------------------------------------------------------- pointing
