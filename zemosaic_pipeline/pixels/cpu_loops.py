@@ -87,18 +87,18 @@ def place_lanes(positions, n, shape, origin, row_stride, feather, scale, offsets
     height, width = shape
     any_weight = 0.0
     for k in range(n):
-        seen, ty, tx = on_tile(positions[0, k], positions[1, k], height, width)
+        inside, ty, tx = on_tile(positions[0, k], positions[1, k], height, width)
         positions[0, k] = ty
         positions[1, k] = tx
         j0, j1, i0, i1, w00, w01, w10, w11 = bilinear_corners(height, width, ty, tx)
-        offsets[0, k] = (j0 - origin[0]) * row_stride + i0 - origin[1] if seen else 0
-        offsets[1, k] = i1 - i0 if seen else 0
-        offsets[2, k] = (j1 - j0) * row_stride if seen else 0
+        offsets[0, k] = (j0 - origin[0]) * row_stride + i0 - origin[1] if inside else 0
+        offsets[1, k] = i1 - i0 if inside else 0
+        offsets[2, k] = (j1 - j0) * row_stride if inside else 0
         corners[0, k] = w00
         corners[1, k] = w01
         corners[2, k] = w10
         corners[3, k] = w11
-        lane = scale * edge_weight(feather, height, width, ty, tx) if seen else 0.0
+        lane = scale * edge_weight(feather, height, width, ty, tx) if inside else 0.0
         weight[k] = lane
         any_weight = max(any_weight, lane)
     return any_weight > 0.0
@@ -272,9 +272,9 @@ def spline_lanes(positions, n, shape, origin, row_stride, offsets, splines):
     """Where the 3 x 3 pixels of every lane begin in a flat plane (-1: not on the tile), and their weights (6, LANES)."""
     height, width = shape
     for k in range(n):
-        seen, ty, tx = on_tile(positions[0, k], positions[1, k], height, width)
+        inside, ty, tx = on_tile(positions[0, k], positions[1, k], height, width)
         py, px, whole = spline_pixel(ty, tx, height, width)
-        offsets[0, k] = (py - 1 - origin[0]) * row_stride + px - 1 - origin[1] if seen and whole else -1
+        offsets[0, k] = (py - 1 - origin[0]) * row_stride + px - 1 - origin[1] if inside and whole else -1
         wy = spline_weights(ty - py)
         wx = spline_weights(tx - px)
         splines[0, k], splines[1, k], splines[2, k] = wy
@@ -368,9 +368,9 @@ def means_of_squares(block, y, x, factor, wanted, means, row, column, rows):
                 for i in range(x, min(x + factor, block.shape[2])):
                     part = block[channel, j, i::factor]
                     for c in range(min(columns, part.size)):
-                        seen = part[c] == part[c]
-                        totals[c] += part[c] if seen else np.float32(0)
-                        counts[c] += 1 if seen else 0
+                        has_data = part[c] == part[c]
+                        totals[c] += part[c] if has_data else np.float32(0)
+                        counts[c] += 1 if has_data else 0
             target = means[channel, row + r, column : column + columns]
             for c in range(columns):
                 if wanted[c]:

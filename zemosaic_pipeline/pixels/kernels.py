@@ -278,8 +278,8 @@ def resample_pixel(
     nodes, mesh_y, mesh_x, step = mesh
     height, width = shape
     ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
-    seen, ty, tx = on_tile(ty, tx, height, width)
-    if not seen:
+    inside, ty, tx = on_tile(ty, tx, height, width)
+    if not inside:
         return
     corners = bilinear_corners(height, width, ty, tx)
     weight = scale * edge_weight(feather, height, width, ty, tx)
@@ -362,9 +362,9 @@ def measure_cell(source, origin, shape, mesh, cell_px, every, corner, j, i, sums
     for y in range(y0, y0 + cell_px, every):
         for x in range(x0, x0 + cell_px, every):
             ty, tx = tile_position(nodes, mesh_y, mesh_x, step, y, x)
-            seen, ty, tx = on_tile(ty, tx, height, width)
+            inside, ty, tx = on_tile(ty, tx, height, width)
             py, px, whole = spline_pixel(ty, tx, height, width)
-            if not (seen and whole):
+            if not (inside and whole):
                 continue
             wy = spline_weights(ty - py)
             wx = spline_weights(tx - px)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from astropy import units
@@ -100,7 +101,8 @@ def _common_frame_grid(tiles: Sequence[Tile], scale: float, turn: bool) -> Outpu
     reproject's: tangent point in the mean direction of the tiles' reference pixels, size from the tiles' corners, and,
     where the grid may ``turn``, the directions of the least rectangle that holds them.
     """
-    frame, *others = (wcs_to_celestial_frame(tile.wcs) for tile in tiles)
+    frames: list[Any] = [wcs_to_celestial_frame(tile.wcs) for tile in tiles]
+    frame, *others = frames
     if not all(other.is_equivalent_frame(frame) for other in others):
         return None
     references, corners = [], []
