@@ -1,22 +1,27 @@
-"""Angles, pixel scales, tangent planes: one definition of each. Directions and angles are in degrees."""
+"""Angles, pixel scales, tangent planes: one definition of each. Directions and angles are in degrees.
+
+The worker's entrance imports this module, so that astropy, which takes a second, is imported where it is needed.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from astropy import units
-from astropy.coordinates import ICRS, BaseCoordinateFrame, UnitSphericalRepresentation, angular_separation
-from astropy.wcs import WCS
-from astropy.wcs.utils import proj_plane_pixel_scales, wcs_to_celestial_frame
 from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from astropy.coordinates import BaseCoordinateFrame
+    from astropy.wcs import WCS
 
 # ------------------------------------------------------------------------------------------------------ directions
 
 
 def separation(ra: ArrayLike, dec: ArrayLike, other_ra: ArrayLike, other_dec: ArrayLike) -> np.ndarray:
     """Return the angle between directions, float64 of the shape that the arguments make together."""
+    from astropy.coordinates import angular_separation
+
     return np.degrees(angular_separation(*(np.radians(angle) for angle in (ra, dec, other_ra, other_dec))))
 
 
@@ -58,6 +63,8 @@ def most_central(directions: np.ndarray) -> tuple[float, float]:
 
 def pixel_scale(wcs: WCS) -> float:
     """Return the size of a pixel: the geometric mean of its sides."""
+    from astropy.wcs.utils import proj_plane_pixel_scales
+
     return float(np.sqrt(np.prod(proj_plane_pixel_scales(wcs))))
 
 
@@ -85,8 +92,12 @@ def image_centre(wcs: WCS, shape: tuple[int, int]) -> tuple[float, float]:
 
 def icrs_centre(wcs: WCS, shape: tuple[int, int]) -> tuple[float, float]:
     """Return where the middle of an image of `shape` (H, W) lies, in ICRS; slower by 0.2 ms where `wcs` is not."""
+    from astropy import units
+    from astropy.coordinates import ICRS, UnitSphericalRepresentation
+    from astropy.wcs.utils import wcs_to_celestial_frame
+
     lon, lat = image_centre(wcs, shape)
-    frame = cast(BaseCoordinateFrame, wcs_to_celestial_frame(wcs))
+    frame = cast("BaseCoordinateFrame", wcs_to_celestial_frame(wcs))
     if isinstance(frame, ICRS):
         return lon, lat
     there = UnitSphericalRepresentation(lon * units.deg, lat * units.deg)
@@ -106,6 +117,8 @@ def tangent_plane(ra: float, dec: float, scale: float, shape: tuple[int, int] = 
     shape : (H, W)
         Of the image; by default of one pixel, so that (0, 0) is where the plane touches the sky.
     """
+    from astropy.wcs import WCS
+
     plane = WCS(naxis=2)
     plane.wcs.ctype = ["RA---TAN", "DEC--TAN"]
     plane.wcs.crval, plane.wcs.crpix = (ra, dec), ((shape[1] + 1) / 2, (shape[0] + 1) / 2)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-from astropy.wcs import WCS
 
 from zemosaic_pipeline.phases.clustering import Grouping, by_position, group_frames, reach, split_to_cap
 from zemosaic_pipeline.sky import image_centre, pixel_scale, separation, unit_vectors
+
+if TYPE_CHECKING:
+    from astropy.wcs import WCS
 
 Progress = Callable[..., object] | None
 _UNKNOWN_FIELD = 20.0
@@ -203,6 +205,8 @@ def _header_of(item: Mapping[str, Any]) -> _Header:
 
 
 def _wcs_of(item: Mapping[str, Any]) -> list[WCS]:
+    from astropy.wcs import WCS  # a second that the entrance need not take
+
     candidates = (item.get(key) for key in _WCS_KEYS)
     return [wcs for wcs in candidates if isinstance(wcs, WCS) and wcs.has_celestial]
 
