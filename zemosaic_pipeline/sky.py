@@ -62,14 +62,7 @@ def most_central(directions: np.ndarray) -> tuple[float, float]:
 
 
 def pixel_scale(wcs: WCS) -> float:
-    """Return the size of a pixel: the geometric mean of its sides."""
-    from astropy.wcs.utils import proj_plane_pixel_scales
-
-    return float(np.sqrt(np.prod(proj_plane_pixel_scales(wcs))))
-
-
-def scale_of(wcs: WCS) -> float:
-    """Return the size of a pixel: the root of its area."""
+    """Return the size of a pixel: the root of its area (astropy's `proj_plane_pixel_area`, without a copy of the WCS)."""
     return math.sqrt(abs(np.linalg.det(wcs.pixel_scale_matrix)))
 
 

@@ -24,8 +24,8 @@ from astropy.wcs import WCS
 from zemosaic_pipeline.sky import (
     image_centre,
     median_direction,
+    pixel_scale,
     pixel_to_sky,
-    scale_of,
     separation,
     sky_to_pixel,
     tangent_plane,
@@ -128,7 +128,7 @@ def align_frames(
     """
     if not stars:
         return []
-    scale = float(np.median([scale_of(w) for w in wcs]))
+    scale = float(np.median([pixel_scale(w) for w in wcs]))
     centres = np.array([image_centre(w, s) for w, s in zip(wcs, shapes, strict=True)])
     plane = tangent_plane(*median_direction(centres), scale)
     views = [_view(s, w, h, plane) for s, w, h in zip(stars, wcs, shapes, strict=True)]
@@ -343,7 +343,7 @@ def _anchored(catalogue: np.ndarray, group: list[_View], given: list[WCS], plane
 def _displacement(before: WCS, after: WCS, shape: tuple[int, int]) -> float:
     """Return the rms distance (pixels) between where two WCS see the same sky, over a frame."""
     ra, dec = before.wcs.crval
-    plane = tangent_plane(ra, dec, scale_of(before))
+    plane = tangent_plane(ra, dec, pixel_scale(before))
     height, width = shape
     grid = np.stack(np.meshgrid(np.linspace(0, width - 1, 4), np.linspace(0, height - 1, 4)), axis=-1).reshape(-1, 2)
     step = _on(plane, after, grid) - _on(plane, before, grid)

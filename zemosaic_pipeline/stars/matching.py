@@ -24,8 +24,8 @@ from astropy.wcs import WCS, Sip
 from zemosaic_pipeline.sky import (
     image_centre,
     median_direction,
+    pixel_scale,
     pixel_to_sky,
-    scale_of,
     separation,
     sky_to_pixel,
     tangent_plane,
@@ -139,7 +139,7 @@ def transfer_wcs(stars: Stars, reference_stars: Stars, reference_wcs: WCS, scale
         return None
     mine = np.stack([stars.x, stars.y], axis=1)[:_STARS_USED]
     theirs = np.stack([reference_stars.x, reference_stars.y], axis=1)[: 2 * _STARS_USED]
-    ratio = 1.0 if scale is None else scale / (3600 * scale_of(reference_wcs))
+    ratio = 1.0 if scale is None else scale / (3600 * pixel_scale(reference_wcs))
     for guess in _guesses(_triangles(mine), _triangles(theirs), ratio, mine.mean(axis=0)):
         found = _verified(guess, mine, theirs)
         if found is not None:
@@ -256,7 +256,7 @@ def _solution(i: np.ndarray, j: np.ndarray, mine: np.ndarray, theirs: np.ndarray
     steps = pixels + 1 - reference.wcs.crpix if wcs.sip is None else np.asarray(wcs.sip_pix2foc(pixels + 1, 1))
     left = _fit_plane(wcs, steps, sky)
     wcs.wcs.set()
-    return wcs if left < scale_of(reference) else None
+    return wcs if left < pixel_scale(reference) else None
 
 
 def _fit_plane(wcs: WCS, steps: np.ndarray, sky: np.ndarray) -> float:
@@ -303,6 +303,6 @@ def pointing_disagrees(wcs: WCS, ra: float | None, dec: float | None, shape: tup
     if ra is None or dec is None or not (math.isfinite(ra) and math.isfinite(dec)):
         return None
     away = separation(*image_centre(wcs, shape), ra, dec)
-    if away <= math.hypot(*shape) / 2 * scale_of(wcs):
+    if away <= math.hypot(*shape) / 2 * pixel_scale(wcs):
         return None
     return f"has a WCS that is {away:.2f} degrees from where its header says that the telescope pointed"
