@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import zemosaic_worker
+from scenes.places import ROOT
 from scenes.small_scene import long_ago, product, write_scene
 from zemosaic_pipeline.errors import UsageError
 from zemosaic_pipeline.files import checksum, pack, unpack
@@ -29,7 +30,7 @@ from zemosaic_pipeline.phases import phase5_canvas
 from zemosaic_pipeline.resample.blocks import without
 from zemosaic_pipeline.resume import index, inputs
 from zemosaic_pipeline.resume.checkpoints import FOLDER, Checkpoints, Codec
-from zemosaic_pipeline.resume.fingerprint import fingerprint, settings_of
+from zemosaic_pipeline.resume.fingerprint import fingerprint, program_files, settings_of
 from zemosaic_pipeline.settings.settings import SETTINGS as ROWS
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.synthetic.panels import Layout
@@ -509,6 +510,12 @@ def test_a_step_has_the_settings_whose_rows_name_it():
     assert not any("logging_level" in names for names in found.values())
     with pytest.raises(ValueError, match="'stacks' is no step"):
         fingerprint("stacks", Settings())
+
+
+def test_a_fingerprint_reads_every_module_of_the_program():
+    """A module that it passed over could change while old pieces go on being used."""
+    every = {*(ROOT / "zemosaic_pipeline").rglob("*.py"), *ROOT.glob("zemosaic_*.py")}
+    assert set(program_files()) == every and len(every) > 60
 
 
 def test_a_fingerprint_tells_apart_what_differs():
