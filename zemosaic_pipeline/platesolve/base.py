@@ -137,7 +137,7 @@ class Solver(Protocol):
 def check(cancelled: Callable[[], bool]) -> None:
     """Raise `Cancelled` where the user has stopped the run."""
     if cancelled():
-        raise Cancelled("the run was stopped by the user")
+        raise Cancelled
 
 
 def run_program(command: Sequence[str], folder: Path, timeout: float, cancelled: Callable[[], bool]) -> str:

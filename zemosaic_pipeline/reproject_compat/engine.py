@@ -49,7 +49,7 @@ def coadd_with_reproject(plan: CoaddPlan, sink: Sink, cancelled: Callable[[], bo
     weights = [own_weights(item, options, store) for item in placed]
     for channel in range(placed[0].tile.channels):
         if cancelled():
-            raise Cancelled("the run was stopped by the user")
+            raise Cancelled
         images = [
             (store.rows(item.tile, 0, item.tile.shape[0], plan.normalisation(k))[channel], item.tile.wcs)
             for k, item in enumerate(placed)

@@ -225,5 +225,5 @@ def coadd(
     with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
         for block in blocks:
             if cancelled():
-                raise Cancelled("the run was stopped by the user")
+                raise Cancelled
             work(block, reader)
