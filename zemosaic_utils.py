@@ -20,8 +20,6 @@ __all__ = [
     "make_radial_weight_map",
 ]
 
-# ---------------------------------------------------------------------------------------------------- folders
-
 
 def get_app_base_dir() -> Path:
     """Return the folder that holds the program (in a frozen build, the folder of its bundled files)."""

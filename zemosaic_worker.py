@@ -42,9 +42,6 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------ the phases
-
-
 def run_hierarchical_mosaic(
     input_folder: Path | str,
     output_folder: Path | str,
@@ -72,7 +69,7 @@ def run_hierarchical_mosaic(
     cancelled : callable, optional
         Asked often; True ends the run with :class:`Cancelled`.
     plan : FramePlan, optional
-        Which raw frames are used, and their panels (`phases.phase1_frames.FramePlan`); default: all, as the settings say.
+        Which raw frames are used, and their panels (`phases.frame_plan.FramePlan`); default: all, as the settings say.
     **overrides
         Single settings by name, loosely typed as on the command line.
 
@@ -156,10 +153,9 @@ def make_mosaic(run: Run) -> MosaicResult:
     shown, factors = coadd_aesthetic(run, scene, science, outputs)
     with run.phase("phase6"):
         finish_outputs(run, shown.preview)
-    result = write_report(run, scene, factors, outputs)
     if panels is None:
         remove_master_tiles(run, tiles)
-    return result
+    return write_report(run, scene, factors, outputs)
 
 
 def tiles_of_frames(run: Run) -> list[Tile]:

@@ -103,6 +103,8 @@ def test_without_a_card_the_cpu_does_it(mode, error, lines):
     assert switch.name == "cpu" and switch.reason == str(error)
     assert [key for key, _ in said] == ["phase5_gpu_fallback"] * lines
     assert all(str(error) in text for _, text in said)
+    switch.start()  # as a run on raw frames does before it stacks and before Phase 5
+    assert len(said) == lines, "a card is looked for once a run"
     assert switch.run(lambda backend: backend.name) == "cpu"
     switch.close()
 

@@ -109,7 +109,7 @@ def attempt(
         outcome = outcome_of(error)
         if outcome is None:
             raise
-        if options.verbose:
+        if options.verbose and outcome.status != ExitStatus.INTERRUPTED:
             traceback.print_exc()
         return outcome
 

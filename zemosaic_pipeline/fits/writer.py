@@ -225,7 +225,7 @@ class MosaicWriter:
         return total
 
     def write_alpha(self, y0: int, x0: int, block: np.ndarray) -> int:
-        """Write a block of the extension ALPHA: uint8 (h, w), 0 = nothing seen, 255 = fully weighted; its checksum."""
+        """Write a block of the extension ALPHA: uint8 (h, w), 0 = nothing seen, 255 = full weight; its checksum."""
         if self.alpha_shape is None or block.dtype != np.uint8 or block.ndim != 2:
             raise ValueError("ALPHA takes uint8 blocks (h, w), where alpha_shape was given")
         return self._write_rows(self._alpha_offset, self.alpha_shape, y0, x0, np.ascontiguousarray(block))

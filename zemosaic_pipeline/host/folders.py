@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from zemosaic_pipeline.errors import UsageError, outcome_of
+from zemosaic_pipeline.errors import UsageError, ZeMosaicError, outcome_of
 from zemosaic_pipeline.files import not_written
 from zemosaic_pipeline.settings.settings import SETTINGS, Settings
 
@@ -80,7 +80,8 @@ def _logger(path: Path, level: str) -> Iterator[logging.Logger]:
             logger.critical("%s", traceback.format_exc())
         else:
             logger.error("%s", outcome.sentence)
-            logger.debug("%s", traceback.format_exc())
+            told = isinstance(error, ZeMosaicError | KeyboardInterrupt)  # of others, somebody may want to know where
+            logger.log(logging.DEBUG if told else logging.ERROR, "%s", traceback.format_exc())
         raise
     finally:
         with suppress(OSError):  # what is left to write of the log, on a full disk

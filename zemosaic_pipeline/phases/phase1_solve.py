@@ -173,7 +173,7 @@ class Solving:
         """
         frame, run = item.frame, self.run
         if self.solver is None:
-            raise SolverMissing
+            raise SolverMissing("there is no plate solver")
         hints = Hints(frame.shape, frame.ra, frame.dec, run.settings.astap_default_search_radius, frame.scale)
         return self.solver.solve(frame.luminance, item.stars, hints, run.scratch, run.tools.cancelled)
 

@@ -73,9 +73,7 @@ def master_tiles(run: Run, panels: Sequence[Sequence[SolvedFrame]], pixels: Pixe
     for number, frames in enumerate(panels, start=1):
         path = folder / f"master_tile_{number:03d}.fits"
         run.tools.check()
-        fingerprint = master_tile(run, number, list(frames), path, pixels)
-        if fingerprint is not None:
-            run.kept.vouch(path, fingerprint)
+        if master_tile(run, number, list(frames), path, pixels):
             tiles.append(open_tile(path, f"{MASTER_TILES}/{path.name}", run.scratch))
         reporter.stage("phase3_master_tiles", number, len(panels))
     for stale in sorted(folder.glob("master_tile_*.fits")):
@@ -102,13 +100,13 @@ STACKED: Codec[Stacked | None] = Codec(lambda made: pack(vars(made)), lambda dat
 STACK_FACTS = ("status", "reason", "weight", "gain", "noise_normalised")
 
 
-def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pixels: PixelStore) -> str | None:
-    """Make one master tile, or find it made; returns its fingerprint, None where none of its frames can be used."""
+def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pixels: PixelStore) -> bool:
+    """Make one master tile, or find it made; False where none of its frames can be used."""
     for item in frames:
         run.frames[item.name]["panel"] = number
     frames = aligned(run, frames)
     if not frames:
-        return None
+        return False
     backend = run.tools.switch.backend
     cell = stack_cell(run.settings, frames)
     fingerprint = run.kept.fingerprint(
@@ -123,7 +121,7 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pi
         if not stack(run, number, frames, path, pixels, cell):
             return None
         facts = {item.name: {key: run.frames[item.name].get(key) for key in STACK_FACTS} for item in frames}
-        # what another backend has made, after a failure of the GPU, is not what the fingerprint says
+        # what another backend has made, after a failure of the GPU, is not what the fingerprint says: it is not kept
         same = fingerprint and run.tools.switch.backend is backend
         return Stacked(file_digest(path) if same else "", facts)
 
@@ -132,12 +130,14 @@ def master_tile(run: Run, number: int, frames: list[SolvedFrame], path: Path, pi
 
     made = run.kept.cached("stack", path.name, fingerprint, make, STACKED, valid=still_there, title=path.name)
     if made is None:
-        return None
+        return False
+    if made.digest:  # the file is what the fingerprint says
+        run.kept.vouch(path, fingerprint)
     for name, facts in made.frames.items():
         if facts["status"] == "set aside" != run.frames[name]["status"]:  # by the run that was stopped
             run.set_frame_aside(name, facts["reason"])
         run.frames[name] |= facts
-    return fingerprint
+    return True
 
 
 def remove_master_tiles(run: Run, tiles: Sequence[Tile]) -> None:
@@ -146,7 +146,10 @@ def remove_master_tiles(run: Run, tiles: Sequence[Tile]) -> None:
         return
     paths = [tile.path for tile in tiles if tile.path is not None]
     for path in paths:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # another program has it open
+            run.reporter.warn("", f"{path} cannot be removed ({error.strerror or error})")
     for folder in {path.parent for path in paths}:
         with suppress(OSError):  # something of the user's lies in it
             folder.rmdir()
@@ -243,7 +246,7 @@ def stack(
     scene = matched(tools, grid, good, pixels, cell)
     for item in scene.left_out:
         run.set_frame_aside(item.name, item.reason)
-    tell(run, number, scene.solution.warnings)
+    tell(run, number, [warning for warning in scene.solution.warnings if warning.kind != "bad_tile"])  # said above
     by_name = {item.name: item for item in frames}
     scene = sharper_first(run.settings, scene, by_name)
     used = [by_name[item.tile.name] for item in scene.placed]

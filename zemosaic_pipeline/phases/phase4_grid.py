@@ -37,15 +37,15 @@ def lay_out(run: Run, tiles: Sequence[Tile], pixels: PixelStore) -> tuple[Output
         grid = choose_output_grid(tiles, run.settings)
         reporter.stage("phase4_grid", 1, 2)
         placed = place_tiles(tiles, grid)
+        for tile, item in zip(tiles, placed, strict=True):
+            if item is None:
+                run.set_aside(tile.name, "lies outside the output image")
+        if not any(placed):
+            raise UsageError("no tile touches the output image: check output_wcs_file")
     found = [(item, surveys[item.tile].result()) for item in placed if item is not None]
     good, aside = usable(found)
-    for tile, item in zip(tiles, placed, strict=True):
-        if item is None:
-            run.set_aside(tile.name, "lies outside the output image")
     for item in aside:
         run.set_aside(item.name, item.reason)
-    if not found:
-        raise UsageError("no tile touches the output image: check output_wcs_file")
     if not good:
         raise UsageError(nothing_usable(run.aside))
     reporter.stage("phase4_grid", 2, 2)

@@ -101,7 +101,8 @@ def matched(
     keep = [k for k in range(len(placed)) if not solution.excluded[k]]
     names = [item.tile.name for item in placed]
     bad = [
-        SetAside(names[k], "bad_tile: its values do not belong to this sky") for k in np.nonzero(solution.excluded)[0]
+        SetAside(names[k], "has values that do not belong to this sky (bad_tile)")
+        for k in np.nonzero(solution.excluded)[0]
     ]
     return Scene(
         grid, [placed[k] for k in keep], [surveys[k] for k in keep], pixels, solution.subset(keep), names, bad

@@ -22,9 +22,12 @@ LIBRARIES = ("numpy", "scipy", "astropy", "reproject", "numba", "cupy-cuda12x", 
 
 def write_report(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Outputs) -> MosaicResult:
     """Write run_report.json, which completes the outputs, and say that the mosaic stands."""
+    found = describe(run, scene, factors, outputs)
+    run.release()
     report = to_jsonable(
         {
-            **describe(run, scene, factors, outputs),
+            **found,
+            "warnings": run.reporter.warning_texts,
             "input": run.source,
             "resume": run.kept.report(),
             "phases": run.clock.report(),
@@ -57,7 +60,7 @@ def describe(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Output
         "frames": list(run.frames.values()),
         "islands": int(scene.solution.component.max()) + 1,
         "set_aside": [asdict(item) for item in run.aside],
-        "warnings": run.reporter.warning_texts,
+        "warnings": [],
         "settings": asdict(run.settings),
         "versions": versions(),
     }

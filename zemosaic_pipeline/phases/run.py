@@ -64,6 +64,7 @@ class Run:
     """One run: its folders, its tools, what it says, and what becomes of every input.
 
     ``plan`` holds the frames that the user has chosen; ``frames`` are the rows of the report on raw frames, by name.
+    ``release()`` lets go of the card and of the monitor, whose last words belong into the report.
     """
 
     source: Path
@@ -74,6 +75,7 @@ class Run:
     reporter: Reporter
     clock: PhaseClock
     monitor: ResourceMonitor | None = None
+    release: Callable[[], object] = lambda: None
     began: float = field(default_factory=time.monotonic)
     aside: list[SetAside] = field(default_factory=list)
     frames: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -164,7 +166,8 @@ def open_run(
                 switch = backend_switch(settings, reporter)
                 stack.callback(switch.close)
                 tools = Tools(settings, switch, jobs, cancelled, kept, reporter.stage)
-                yield Run(source, output, scratch, plan, tools, reporter, PhaseClock(monitor), monitor, began)
+                clock = PhaseClock(monitor)
+                yield Run(source, output, scratch, plan, tools, reporter, clock, monitor, stack.close, began)
             reporter.stage("phase7", 0, 1)
         reporter.stage("phase7", 1, 1)
         duration = round(time.monotonic() - began, 1)

@@ -69,6 +69,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def description(self) -> str:
+        """Which card it is; empty for the CPU."""
+        ...
+
+    @property
     def parallel_blocks(self) -> bool:
         """Whether blocks are to be made on many threads at a time."""
         ...

@@ -21,6 +21,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    description = ""
     parallel_blocks = True
 
     def __init__(self, compiled: bool = True) -> None:

@@ -34,13 +34,16 @@ class BackendSwitch:
     gpu: CudaBackend | None = None
     cpu: CpuBackend = field(default_factory=CpuBackend)
     fell_back: bool = False
+    started: bool = False
 
     def start(self) -> None:
-        """Open the GPU where it is wanted. With ``auto``, a machine without GPU libraries uses its CPU without a word."""
+        """Open the GPU where it is wanted, once. With ``auto``, a machine without GPU libraries uses its CPU without a
+        word."""
         if self.mode not in ("auto", "on", "off"):
             raise UsageError(f"gpu must be auto, on or off, not {self.mode!r}")
-        if self.mode == "off":
+        if self.mode == "off" or self.started:
             return
+        self.started = True
         try:
             self.gpu = self.opener()
             self.reason = self.gpu.description

@@ -23,7 +23,7 @@ def compiled(function: Callable) -> Any:
     """
     kernel: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
     source = Path(function.__code__.co_filename)
-    newest = max(module.stat().st_mtime for module in source.parent.glob("*.py"))
+    newest = max((module.stat().st_mtime for module in source.parent.glob("*.py")), default=0.0)
     for index in Path(kernel.stats.cache_path).glob(f"{source.stem}.{function.__qualname__}-*.nbi"):
         if index.stat().st_mtime < newest:
             index.unlink(missing_ok=True)

@@ -21,8 +21,6 @@ from zemosaic_pipeline.resample.output_grid import OutputGrid
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile
 
-# -------------------------------------------------------------------------------- in the place of reproject's coadd
-
 #: Working memory of `reproject_and_coadd`: blocks, and pixels of the inputs kept as float32.
 COMPAT_BYTES = 512 << 20
 #: Ways to combine of `reproject_and_coadd`: those of reproject, and the median.

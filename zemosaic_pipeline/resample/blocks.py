@@ -17,9 +17,6 @@ CACHED_PIXELS = 1 << 20
 SMALLEST_BLOCK = 16
 
 
-# --------------------------------------------------------------------------------------------------------- blocks
-
-
 def intersection(a: Rect, b: Rect) -> Rect | None:
     """Common part of two rectangles; None where they do not meet."""
     rect = max(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), min(a[3], b[3])

@@ -2,7 +2,7 @@
 
 A folder ``zemosaic_resume`` in OUTPUT_DIR exists from the first finished piece of a run to its successful end (and
 beyond it with ``cache_retention = keep``). It holds the index and the pieces (`resume.index`), and ``science.part`` and
-so on: mosaics in the making; the index knows the checksum of every finished block (`resume.pieces.BlockJournal`).
+so on: mosaics in the making; the index knows the checksum of every finished block (`resume.journal.BlockJournal`).
 
 Nothing here is ever an obstacle. What cannot be read, is damaged, or belongs to another input, other settings or
 another version of the program is named in the log and made again, it alone.
@@ -11,8 +11,7 @@ What belongs together
 ---------------------
 Each piece bears a *fingerprint*: a digest of everything that its bits depend on. That is the program (the content of
 its modules), the versions of the libraries, the settings that act in its step, the *tokens* of the inputs
-(`resume.inputs`), and what earlier steps found. Threads and preview settings are not in it, since no bit depends on
-them; the name of the backend is, since pixels of CPU and GPU may differ in their last bits.
+(`resume.inputs`), and what earlier steps found. The number of threads is not in it, since no bit depends on it; the name of the backend is, since pixels of CPU and GPU may differ in their last bits.
 """
 
 from __future__ import annotations
@@ -157,6 +156,8 @@ class Checkpoints(NothingKept):
                 if title:
                     self._tell("INFO", f"resume: {title} of the stopped run is used")
                 return piece
+            self._drop(step, key)
+            self._again(step, "INFO", f"resume: {step} of {key} is not what it was; it is made again")
         piece = compute()
         if piece is not None:
             data = codec.pack(piece)

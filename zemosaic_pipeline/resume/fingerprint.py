@@ -33,9 +33,6 @@ LIBRARIES = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------- fingerprints
-
-
 def settings_of(step: str, settings: Settings) -> dict[str, Value]:
     """The settings that act in a step, by name.
 

@@ -100,7 +100,7 @@ def photometry_fingerprint(
 
 def backend_name(backend: Backend) -> str:
     """What computes the pixels: their last bits may depend on it."""
-    return f"{backend.name} {getattr(backend, 'description', '')}"
+    return f"{backend.name} {backend.description}"
 
 
 def exact_grid(grid: OutputGrid) -> list[Any]:

@@ -8,8 +8,6 @@ import numpy as np
 
 from zemosaic_pipeline.stars.detection import Stars
 
-# ------------------------------------------------------------------------------------------------------- quality
-
 _FEWEST_STARS = 5
 _ENOUGH_FRAMES = 4
 
