@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from scenes.outcomes import NIGHT
+from scenes.small_scene import long_ago
 from zemosaic_pipeline.pixels import backend_cuda
 from zemosaic_pipeline.pixels.backend_base import DeviceFailure
 from zemosaic_pipeline.pixels.backend_cpu import CpuBackend
@@ -41,6 +42,7 @@ class ToyCard(CpuBackend):
 def run(tmp_path, monkeypatch):
     """``run(broken)``: a run on raw frames that keeps its pieces; its report, and how many cards were opened."""
     lights, _ = write_night(tmp_path, NIGHT)
+    long_ago(lights)
 
     def once(broken: bool):
         opened = []

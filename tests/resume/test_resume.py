@@ -566,8 +566,11 @@ def test_pieces_are_kept_from_run_to_run(tmp_path):
     assert second.used == {"solve": 300} and not said
     assert piece(second, 7, "another print", b"new") == (b"new", True)
     assert piece(second, 8, made=b"better", valid=lambda data: False) == (b"better", True)
-    assert second.used == {"solve": 300} and second.made_again == {"solve": 1}
-    assert [(level, "frame 7" in text) for level, text in said] == [("INFO", True)]
+    assert second.used == {"solve": 300} and second.made_again == {"solve": 2}
+    assert [(level, text.split(" is ")[0].split(" belongs ")[0]) for level, text in said] == [
+        ("INFO", "resume: solve of frame 7"),
+        ("INFO", "resume: solve of frame 8"),
+    ]
     assert second.cached("solve", "none", "print", lambda: b"made", BYTES) == b"made", "None is not kept"
     assert piece(second, 9, title="the ninth") == (b"9" * 9, False) and "the ninth of the stopped run" in said[-1][1]
     second.close()
