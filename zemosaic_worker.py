@@ -131,7 +131,6 @@ def run_hierarchical_mosaic_process(
 def make_mosaic(run: Run) -> MosaicResult:
     """The seven phases, in order; each takes what the one before has made."""
     from zemosaic_pipeline.phases.phase1_tiles import open_panels
-    from zemosaic_pipeline.phases.phase3_master_tiles import remove_master_tiles
     from zemosaic_pipeline.phases.phase4_grid import lay_out
     from zemosaic_pipeline.phases.phase5_aesthetic import coadd_aesthetic
     from zemosaic_pipeline.phases.phase5_coadd import coadd_science
@@ -154,6 +153,8 @@ def make_mosaic(run: Run) -> MosaicResult:
     with run.phase("phase6"):
         finish_outputs(run, shown.preview)
     if panels is None:
+        from zemosaic_pipeline.phases.phase3_master_tiles import remove_master_tiles
+
         remove_master_tiles(run, tiles)
     return write_report(run, scene, factors, outputs)
 

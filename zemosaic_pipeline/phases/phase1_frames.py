@@ -28,7 +28,7 @@ from zemosaic_pipeline.raw.frame import Frame, open_frame
 from zemosaic_pipeline.raw.solved import MeasuredFrame, SolvedFrame
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.survey import TileSurvey, survey_pixels
-from zemosaic_pipeline.resume.pieces import FRAME
+from zemosaic_pipeline.resume.frame_pieces import FRAME
 from zemosaic_pipeline.settings.settings import Settings
 from zemosaic_pipeline.stars.detection import Stars, find_stars
 

@@ -14,7 +14,7 @@ from zemosaic_pipeline.phases.run import Run
 from zemosaic_pipeline.platesolve.base import Hints, Solution, SolveError, Solver, SolverMissing
 from zemosaic_pipeline.platesolve.choose import choose_solver
 from zemosaic_pipeline.raw.solved import MeasuredFrame, SolvedFrame, field_of
-from zemosaic_pipeline.resume.pieces import PLATE_SOLUTION
+from zemosaic_pipeline.resume.frame_pieces import PLATE_SOLUTION
 from zemosaic_pipeline.sky import chord, icrs_centre, separation, unit_vectors
 from zemosaic_pipeline.stars.matching import pointing_disagrees, transfer_wcs
 

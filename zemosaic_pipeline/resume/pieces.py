@@ -1,4 +1,4 @@
-"""What a resume uses of frames and tiles: stars, surveys, the photometric solution, as bytes that are exact to the bit."""
+"""What a resume uses of tiles: surveys and the photometric solution, as bytes that are exact to the bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import astuple, fields
 from typing import Any
 
 import numpy as np
-from astropy.io import fits
 from astropy.wcs import WCS
 
 from zemosaic_photometry import PhotometricSolution
@@ -16,13 +15,11 @@ from zemosaic_pipeline.files import pack, unpack
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.overlaps.pairs import PairRelation
 from zemosaic_pipeline.pixels.backend_base import Backend
-from zemosaic_pipeline.platesolve.base import Solution
 from zemosaic_pipeline.resample.output_grid import OutputGrid, grid_header
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile
 from zemosaic_pipeline.resample.survey import TileSurvey, survey_tile
 from zemosaic_pipeline.resume.checkpoints import Codec, NothingKept
-from zemosaic_pipeline.stars.detection import Stars
 
 # -------------------------------------------------------------------------------------------------------- surveys
 
@@ -53,38 +50,6 @@ def unpacked_survey(data: bytes) -> TileSurvey:
 
 
 SURVEY = Codec(packed_survey, unpacked_survey)
-
-
-# --------------------------------------------------------------------------------------------- stars of a raw frame
-
-
-def packed_frame(found: tuple[Stars, TileSurvey]) -> bytes:
-    stars, facts = found
-    pieces = {"stars": pack(vars(stars)), "survey": packed_survey(facts)}
-    return pack({name: np.frombuffer(data, np.uint8) for name, data in pieces.items()})
-
-
-def unpacked_frame(data: bytes) -> tuple[Stars, TileSurvey]:
-    found = unpack(data)
-    return Stars(**unpack(found["stars"].tobytes())), unpacked_survey(found["survey"].tobytes())
-
-
-FRAME = Codec(packed_frame, unpacked_frame)
-
-
-# -------------------------------------------------------------------------------------- plate solution of a raw frame
-
-
-def packed_plate_solution(solution: Solution) -> bytes:
-    return pack({"header": solution.header.tostring(), "solver": solution.solver})
-
-
-def unpacked_plate_solution(data: bytes) -> Solution:
-    found = unpack(data)
-    return Solution(fits.Header.fromstring(found["header"]), found["solver"], 0.0)
-
-
-PLATE_SOLUTION = Codec(packed_plate_solution, unpacked_plate_solution)
 
 
 # -------------------------------------------------------------------------------------------- photometric solution
