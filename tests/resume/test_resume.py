@@ -262,7 +262,7 @@ def test_a_touched_input_is_known_by_its_content_where_a_digest_was_made(panels,
     token = kept.token(panels / "panel_03.fits")
     kept.note("science", "block", "print", 1)
     if known:
-        wait_for(lambda: kept._inputs.resting)
+        wait_for(lambda: not kept._inputs._undigested and kept._inputs._thread is None)
     kept.close()
     os.utime(panels / "panel_03.fits")
     again = opened(tmp_path)

@@ -93,8 +93,9 @@ def matched(
     settings = tools.settings
     surveys = [survey for _, survey in tiles]
     placed = [with_weight(settings, item, survey) for item, survey in tiles]
-    solution = identity_solution(len(placed), placed[0].tile.channels)
-    if wants_solution(settings):
+    if not wants_solution(settings):
+        solution = identity_solution(len(placed), placed[0].tile.channels)
+    else:
         solution = solve(tools, grid, list(zip(placed, surveys, strict=True)), pixels, cell)
     if settings.tile_weight_mode == "inverse_variance" and settings.enable_tile_weighting:
         placed = with_inverse_variance(placed, surveys, solution)

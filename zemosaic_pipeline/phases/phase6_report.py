@@ -22,12 +22,12 @@ LIBRARIES = ("numpy", "scipy", "astropy", "reproject", "numba", "cupy-cuda12x", 
 
 def write_report(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Outputs) -> MosaicResult:
     """Write run_report.json, which completes the outputs, and say that the mosaic stands."""
-    found = describe(run, scene, factors, outputs)
+    switch = run.tools.switch
+    backend = {"used": switch.name, "reason": switch.reason, "fell_back": switch.fell_back}
     run.release()
     report = to_jsonable(
         {
-            **found,
-            "warnings": run.reporter.warning_texts,
+            **describe(run, scene, factors, outputs, backend),
             "input": run.source,
             "resume": run.kept.report(),
             "phases": run.clock.report(),
@@ -43,13 +43,14 @@ def write_report(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Ou
     )  # fmt: skip
 
 
-def describe(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Outputs) -> dict[str, Any]:
+def describe(
+    run: Run, scene: Scene, factors: Aesthetics | None, outputs: Outputs, backend: dict[str, Any]
+) -> dict[str, Any]:
     """The report of a run, without its costs (JSON types and numpy scalars)."""
-    switch = run.tools.switch
     return {
         "program": {"name": "zemosaic-worker", "version": program_version()},
         "outputs": {name: path.name for name, path in outputs.named().items()},
-        "backend": {"used": switch.name, "reason": switch.reason, "fell_back": switch.fell_back},
+        "backend": backend,
         "grid": {
             "shape": list(scene.grid.shape),
             "crval": list(scene.grid.wcs.wcs.crval),
@@ -60,7 +61,7 @@ def describe(run: Run, scene: Scene, factors: Aesthetics | None, outputs: Output
         "frames": list(run.frames.values()),
         "islands": int(scene.solution.component.max()) + 1,
         "set_aside": [asdict(item) for item in run.aside],
-        "warnings": [],
+        "warnings": run.reporter.warning_texts,
         "settings": asdict(run.settings),
         "versions": versions(),
     }

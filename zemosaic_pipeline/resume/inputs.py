@@ -96,12 +96,6 @@ class Inputs:
         if thread is not None:
             thread.join(1.0)  # it may hang in a slow disk; nothing of it is written any more
 
-    @property
-    def resting(self) -> bool:
-        """Whether all digests are made."""
-        with self._index.lock:
-            return not self._undigested and self._thread is None
-
     def _in_doubt(self, key: str, now: Facts) -> bool:
         """Whether the content must be looked at to recognise a file."""
         old = self._recorded(key)
