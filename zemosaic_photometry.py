@@ -29,40 +29,46 @@ gain 1. The absolute scale is the geometric mean of the tiles' own, the absolute
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from zemosaic_pipeline.arrays import connected_groups
 from zemosaic_pipeline.errors import Notice
+from zemosaic_pipeline.overlaps.backgrounds import Measured, sky_errors, solve_backgrounds
 from zemosaic_pipeline.overlaps.errors_in_variables import in_units
+from zemosaic_pipeline.overlaps.gains import components, solve_gains, tiles_of
+from zemosaic_pipeline.overlaps.gradients import TERMS
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, measure_pairs
 
 #: Pixels that :func:`apply_photometric_normalization` works on at a time.
 NORMALISED_AT_ONCE = 1 << 17
-#: Floor under the standard error of one pair's log ratio, for what its own scatter cannot know.
-LOG_RATIO_FLOOR = 3e-4
-#: Standard deviation of the prior on a tile's log gain: a factor of 20 either way, felt only where nothing else is.
-LOG_GAIN_PRIOR = 3.0
-#: Steps of the global solve with Huber's weights, before Cauchy's.
-HUBER_STEPS = 5
-#: Most steps of it.
-MOST_STEPS = 20
-#: Most tiles whose equations are solved as a full matrix.
-DENSE_TILES = 150
-#: Gains beyond this factor from their component's mean are not believed.
-SANE_GAIN = 100.0
-#: Gain, pivot and level of one tile, each a tuple of C floats.
-Normalisation = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+#: Size of gradients, in units of the noise of a pixel, below which there are none that matter.
+NO_GRADIENT = 0.1
+#: Most places at which the error of the low-frequency sky is computed.
+MOST_PLACES = 1000
+
+
+class Normalisation(NamedTuple):
+    """What :func:`apply_photometric_normalization` takes for one tile, its pixels apart; it can be a key."""
+
+    gain: tuple[float, ...]
+    pivot: tuple[float, ...]
+    level: tuple[float, ...]
+    gradient: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class PhotometricSolution:
-    """Gain, pivot and level of every tile and channel, (K, C) float64: ``C = (y - pivot) / gain + level``.
+    """Gain, pivot, level and gradient of every tile and channel: ``C = (y - pivot - G) / gain + level``.
 
+    ``gain``, ``pivot`` and ``level`` are float64 (K, C), ``gradient`` (K, C, 5) the coefficients of G in tile units
+    (`overlaps.gradients.polynomial_terms` without the constant).
     ``gain_se`` is the standard error of ln gain (inf: undetermined), ``offset_se`` of the level in mosaic units.
+    ``gradient_sizes`` are those of slopes, curvatures and of the curvature common to all tiles of a camera, and
+    ``sky_error`` is the standard error of the low-frequency sky (with a constant, a plane, a quadratic over the whole
+    mosaic taken out), both in units of the noise of a median tile's pixel.
     ``component`` numbers the connected groups of overlapping tiles, ``excluded`` marks tiles left out of the mosaic.
     ``step_after`` (P, C) is :attr:`PairRelation.step_before` once normalised.
     """
@@ -74,8 +80,11 @@ class PhotometricSolution:
     offset_se: np.ndarray
     component: np.ndarray
     excluded: np.ndarray
+    gradient: np.ndarray
     pairs: tuple[PairRelation, ...] = ()
     step_after: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    sky_error: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    gradient_sizes: np.ndarray = field(default_factory=lambda: np.zeros(0))
     warnings: tuple[Notice, ...] = ()
 
     @property
@@ -83,15 +92,21 @@ class PhotometricSolution:
         """The additive term of ``y = gain * S + offset``, (K, C), tile units."""
         return self.pivot - self.gain * self.level
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients were found that matter."""
+        return bool(np.max(self.gradient_sizes, initial=0.0) > NO_GRADIENT)
+
     def row(self, tile: int) -> Normalisation:
         """What :func:`apply_photometric_normalization` takes for one tile."""
         gain, pivot, level = (tuple(map(float, values[tile])) for values in (self.gain, self.pivot, self.level))
-        return gain, pivot, level
+        gradient = self.gradient[tile]
+        return Normalisation(gain, pivot, level, tuple(map(tuple, gradient.tolist())) if gradient.any() else None)
 
     def subset(self, tiles: Sequence[int]) -> PhotometricSolution:
         """The solution of some of the tiles, for the coadd; pairs and warnings stay those of all."""
         rows = np.asarray(tiles, dtype=int)
-        names = ("gain", "pivot", "level", "gain_se", "offset_se", "component", "excluded")
+        names = ("gain", "pivot", "level", "gain_se", "offset_se", "component", "excluded", "gradient")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
 
@@ -106,6 +121,7 @@ def identity_solution(tiles: int, channels: int) -> PhotometricSolution:
         offset_se=np.zeros(shape),
         component=np.zeros(tiles, int),
         excluded=np.zeros(tiles, bool),
+        gradient=np.zeros((*shape, TERMS[2] - 1)),
     )
 
 
@@ -115,17 +131,23 @@ def namespace(array):
     return own() if own else sys.modules[type(array).__module__.partition(".")[0]]
 
 
-def apply_photometric_normalization(data, gain, pivot, level, out=None):
-    """Bring tile pixels to the common photometric system: ``(data - pivot) / gain + level``.
+def apply_photometric_normalization(
+    data, gain, pivot, level, gradient=None, out=None, first_row: int = 0, height: int | None = None
+):
+    """Bring tile pixels to the common photometric system: ``(data - pivot - G) / gain + level``.
 
     Parameters
     ----------
     data : array, floating, (C, ...)
-        Tile pixels of any array namespace; NaN stays NaN.
+        Tile pixels of any array namespace; NaN stays NaN. With a gradient (C, rows, W): whole rows of the tile.
     gain, pivot, level : sequence of C floats
         One row of :class:`PhotometricSolution`.
+    gradient : sequence of C sequences of 5 floats, optional
+        Coefficients of G, a polynomial of the pixel's place on the tile.
     out : array like ``data``, optional
         Where to put the result.
+    first_row, height : int
+        The tile's row that ``data`` begins with, and the tile's height; by default ``data`` is the whole tile.
 
     Returns
     -------
@@ -137,12 +159,31 @@ def apply_photometric_normalization(data, gain, pivot, level, out=None):
     # pieces that stay in a processor's cache; for a GPU they are still large
     rows = data.shape[1] if data.ndim > 1 else 1
     step = max(1, NORMALISED_AT_ONCE * rows // max(data.size // data.shape[0], 1))
+    shape = (height or rows, data.shape[-1])
     for c in range(data.shape[0]):
         for row in range(0, rows, step):
             piece = (c, slice(row, min(row + step, rows)), ...) if data.ndim > 1 else (c,)
             out[piece] = data[piece] - float(pivot[c])
+            if gradient is not None:
+                out[piece] -= gradient_of_rows(out[piece], gradient[c], first_row + row, shape)
             out[piece] *= 1.0 / float(gain[c])
             out[piece] += float(level[c])
+    return out
+
+
+def gradient_of_rows(like, coefficients, first_row: int, shape: tuple[int, int]):
+    """G of some rows of a tile of ``shape`` (H, W): an array (rows, W) of the kind and type of ``like`` (rows, W)."""
+    xp = namespace(like)
+    home = {} if xp.__name__ in ("numpy", "cupy") else {"device": like.device}
+    half = max(shape) / 2
+    u = (xp.arange(shape[1], dtype=like.dtype, **home) - (shape[1] - 1) / 2) / half
+    v = (xp.arange(first_row, first_row + like.shape[0], dtype=like.dtype, **home) - (shape[0] - 1) / 2) / half
+    du, dv, duu, duv, dvv = map(float, coefficients)
+    # as polynomial_terms has them, in Horner's form: three passes over the pixels
+    along = dv * v + dvv * v * v - (duu * shape[1] ** 2 + dvv * shape[0] ** 2) / (12 * half**2)
+    out = (du + duv * v)[:, None] + (duu * u)[None, :]
+    out *= u[None, :]
+    out += along[:, None]
     return out
 
 
@@ -152,11 +193,12 @@ def apply_photometric_normalization(data, gain, pivot, level, out=None):
 @dataclass(frozen=True)
 class PhotometryOptions:
     """What the user can choose: match gains at all, the largest standard error of a believed ln gain, leave bad
-    tiles out."""
+    tiles out, the order (0, 1 or 2) of the tiles' gradients."""
 
     match_gain: bool = True
     gain_se_limit: float = 0.05
     reject_bad_tiles: bool = True
+    gradient_order: int = 2
 
 
 def compute_photometric_gains_and_offsets(
@@ -186,47 +228,61 @@ def compute_photometric_gains_and_offsets(
     options = options or PhotometryOptions()
     if not tiles or len({len(t.noise) for t in tiles}) != 1:
         raise ValueError("compute_photometric_gains_and_offsets needs tiles with the same number of channels")
-    excluded = absurd_levels(tiles) if options.reject_bad_tiles else np.zeros(len(tiles), bool)
     if pairs is None:
-        pairs = measure_pairs(tiles, excluded)
-    while True:
-        solution = _solve(tiles, [p for p in pairs if not (excluded[p.i] or excluded[p.j])], excluded, options)
-        worst = worst_tile(solution, tiles) if options.reject_bad_tiles else None
-        if worst is None:
-            break
-        excluded = excluded.copy()
-        excluded[worst] = True
+        pairs = measure_pairs(tiles, order=options.gradient_order)
+    solution = without_bad_tiles(tiles, pairs, options)
     notes = [
         _notice(tiles[k], "bad_tile", "its values do not belong to this sky; left out of the mosaic")
-        for k in np.flatnonzero(excluded).tolist()
+        for k in np.flatnonzero(solution.excluded).tolist()
     ]
     return replace(solution, warnings=(*notes, *solution.warnings))
 
 
-def absurd_levels(tiles: Sequence[CoarseTile]) -> np.ndarray:
-    """Tiles whose sky lies further from the others' than a thousand times what the others are."""
-    if len(tiles) < 3:
-        return np.zeros(len(tiles), bool)
-    sky = np.stack([t.sky for t in tiles])
+def without_bad_tiles(
+    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], options: PhotometryOptions
+) -> PhotometricSolution:
+    """The solution of the tiles that belong to one sky; the others are marked as excluded."""
+    excluded = np.zeros(len(tiles), bool)
+    while True:
+        solution = _solve(tiles, [p for p in pairs if not (excluded[p.i] or excluded[p.j])], excluded, options)
+        bad = bad_tiles(solution, tiles) if options.reject_bad_tiles else []
+        if not bad:
+            return solution
+        excluded = excluded.copy()
+        excluded[bad] = True
+
+
+def bad_tiles(solution: PhotometricSolution, tiles: Sequence[CoarseTile]) -> list[int]:
+    """Tiles to leave out: those of absurd level, all together, or else the one that disagrees most."""
+    absurd = absurd_levels(solution)
+    return absurd if absurd else worst_tile(solution, tiles)
+
+
+def absurd_levels(solution: PhotometricSolution) -> list[int]:
+    """Tiles whose sky, in the mosaic's units, lies further from the others' than a thousand times what the others are."""
+    use = np.flatnonzero(~solution.excluded)
+    if len(use) < 3:
+        return []
+    sky = (solution.pivot / solution.gain)[use]
     middle = np.median(sky, axis=0)
     deviation = np.abs(sky - middle)
     scale = np.maximum(np.abs(middle), np.median(deviation, axis=0))
-    return np.any(deviation > 1000 * np.maximum(scale, 1e-30), axis=1)
+    return use[np.any(deviation > 1000 * np.maximum(scale, 1e-30), axis=1)].tolist()
 
 
-def worst_tile(solution: PhotometricSolution, tiles: Sequence[CoarseTile]) -> int | None:
+def worst_tile(solution: PhotometricSolution, tiles: Sequence[CoarseTile]) -> list[int]:
     """The tile to leave out: after the solve, none of its overlaps agrees while those of the others do."""
     if len(solution.pairs) < 3:
-        return None
+        return []
     # scatter in units of the expected noise, the worst channel
-    scatter = np.array([np.nanmax(np.where(np.isnan(p.scatter), 0, p.scatter)) for p in solution.pairs])
+    scatter = np.nan_to_num(np.array([p.scatter for p in solution.pairs])).max(axis=1)
     typical = max(float(np.median(scatter)), 1.0)
     best = np.full(len(tiles), np.inf)
     for pair, value in zip(solution.pairs, scatter, strict=True):
         best[[pair.i, pair.j]] = np.minimum(best[[pair.i, pair.j]], value)
     best[~np.isfinite(best)] = 0
     k = int(np.argmax(best))
-    return k if best[k] > 30 * typical else None
+    return [k] if best[k] > 30 * typical else []
 
 
 def _solve(
@@ -241,30 +297,88 @@ def _solve(
     component = components(count, pairs)
     gain, gain_se, notes = np.ones((count, channels)), np.full((count, channels), np.inf), []
     if options.match_gain:
-        gain, gain_se, notes = solve_gains(tiles, pairs, excluded, options.gain_se_limit)
-    level, offset_se = solve_offsets(pairs, gain, component)
-    level = set_gauge(level, pivot, component, excluded)
+        log_gain, gain_se = solve_gains(pairs, count, channels, options.gain_se_limit)
+        gain, notes = np.exp(log_gain), gain_notes(tiles, gain_se, excluded)
+    unit = noise_units(tiles, gain, excluded)
+    found = solve_backgrounds(measured_differences(tiles, pairs, gain, unit))
+    polynomials = found.polynomials * unit[:, None]
+    level = set_gauge(-polynomials[:, :, 0], pivot, component, excluded)
+    gradient = np.zeros((count, channels, TERMS[2] - 1))
+    gradient[:, :, : polynomials.shape[2] - 1] = polynomials[:, :, 1:] * gain[:, :, None]
     return PhotometricSolution(
         gain=gain,
         pivot=pivot,
         level=level,
         gain_se=gain_se,
-        offset_se=offset_se,
+        offset_se=found.system.level_errors(component)[:, None] * unit,
         component=component,
         excluded=excluded,
+        gradient=gradient,
         pairs=tuple(pairs),
-        step_after=overlap_steps(tiles, pairs, gain, level),
+        step_after=overlap_steps(tiles, pairs, gain, level, polynomials),
+        sky_error=sky_errors(found.system, *sampled_fields(tiles, component == 0, polynomials.shape[2])),
+        gradient_sizes=found.sizes,
         warnings=(*notes, *component_notes(tiles, component, excluded)),
     )
 
 
-def components(count: int, pairs: Sequence[PairRelation]) -> np.ndarray:
-    """Number of the connected group of each tile, the largest group being 0."""
-    labels = connected_groups(count, [(p.i, p.j) for p in pairs])
-    order = np.argsort(-np.bincount(labels), kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return rank[labels]
+def noise_units(tiles: Sequence[CoarseTile], gain: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+    """The noise (C,) of the median tile's pixel, normalised: the unit in which gradients are judged."""
+    noise = np.stack([t.pixel_noise for t in tiles]) / gain
+    unit = np.median(noise[~excluded] if (~excluded).any() else noise, axis=0)
+    return np.where(unit > 0, unit, 1.0)
+
+
+def measured_differences(
+    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], gain: np.ndarray, unit: np.ndarray
+) -> Measured:
+    """What the overlaps say of the tiles' backgrounds, once their gains are known."""
+    i, j = tiles_of(pairs)
+    terms = pairs[0].modes_i.shape[0] if pairs else 1
+    shape = (len(pairs), len(unit), terms)
+    x, y = (np.array([getattr(p, name) for p in pairs]).reshape(shape) for name in ("smooth_i", "smooth_j"))
+    error = np.array([p.smooth_se for p in pairs]).reshape(shape[:2]) / gain[i] / unit
+    return Measured(
+        i,
+        j,
+        difference=(x / gain[i][:, :, None] - y / gain[j][:, :, None]) / unit[:, None],
+        weight=np.mean(error**-2.0, axis=1),
+        modes_i=np.array([p.modes_i for p in pairs]).reshape(-1, terms, terms),
+        modes_j=np.array([p.modes_j for p in pairs]).reshape(-1, terms, terms),
+        camera=cameras([t.scale for t in tiles]),
+    )
+
+
+def sampled_fields(tiles: Sequence[CoarseTile], use: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `overlaps.backgrounds.sky_errors` takes: (n, K, M) and (n, 2), of places spread over the tiles in use."""
+    order = {count: order for order, count in TERMS.items()}[terms]
+    numbers = np.flatnonzero(use).tolist()
+    places = np.concatenate([tiles[k].sample_cells() for k in numbers])
+    places = places[:: -(-len(places) // MOST_PLACES)]
+    fields = np.zeros((len(places), len(tiles), terms))
+    for k in numbers:
+        fields[:, k] = tiles[k].terms_within(places, order)
+    covering = np.count_nonzero(fields[:, :, 0], axis=1)
+    fields, places = fields[covering > 0], places[covering > 0]
+    return fields / covering[covering > 0][:, None, None], places
+
+
+def cameras(scales: Sequence[float]) -> np.ndarray:
+    """Number of the camera of each tile: pixel scales further than 2 % from the next are those of different cameras."""
+    order = np.argsort(scales, kind="stable")
+    ordered = np.log(np.asarray(scales, dtype=float)[order])
+    number = np.empty(len(order), int)
+    number[order] = np.concatenate([[0], np.cumsum(np.diff(ordered) > 0.02)])
+    return number
+
+
+def gain_notes(tiles: Sequence[CoarseTile], gain_se: np.ndarray, excluded: np.ndarray) -> list[Notice]:
+    """One named warning for each tile whose gain its overlaps cannot tell."""
+    if np.count_nonzero(~excluded) < 2:
+        return []
+    words = "its overlaps have too little structure to tell its gain; gain 1 in all channels, only its background is matched"
+    unknown = np.isinf(gain_se).all(axis=1) & ~excluded
+    return [_notice(tiles[k], "gain_undetermined", words) for k in np.flatnonzero(unknown).tolist()]
 
 
 def component_notes(tiles: Sequence[CoarseTile], component: np.ndarray, excluded: np.ndarray) -> list[Notice]:
@@ -290,151 +404,26 @@ def _notice(tile: CoarseTile, kind: str, words: str) -> Notice:
     return Notice(f"{tile.name}: {kind}: {words}", kind, tile.name)
 
 
-def solve_gains(
-    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], excluded: np.ndarray, se_limit: float
-) -> tuple[np.ndarray, np.ndarray, list[Notice]]:
-    """Gains (K, C) and standard errors of ln gain; a tile without a believable gain has gain 1 in all channels.
-
-    Undetermined tiles are taken out of the graph and the rest is solved again, until nothing changes.
-    """
-    count, channels = len(tiles), len(tiles[0].noise)
-    edges = [p for p in pairs if np.isfinite(p.log_ratio_se).all()]
-    determined = ~excluded
-    notes: list[Notice] = []
-    while True:
-        used = [p for p in edges if determined[p.i] and determined[p.j]]
-        i, j = tiles_of(used)
-        linked = np.zeros(count, bool)
-        linked[i] = linked[j] = True
-        log_gain, error = np.zeros((count, channels)), np.full((count, channels), np.inf)
-        group = components(count, used)
-        for c in range(channels):
-            log_gain[:, c], error[:, c] = solve_differences(
-                count,
-                i,
-                j,
-                np.array([p.log_ratio[c] for p in used]),
-                np.hypot([p.log_ratio_se[c] for p in used], LOG_RATIO_FLOOR),
-                group,
-                prior=LOG_GAIN_PRIOR,
-            )
-        insane = linked & (np.abs(log_gain) > np.log(SANE_GAIN)).any(axis=1)
-        vague = linked & (error > se_limit).any(axis=1)
-        if not (insane | vague).any():
-            break
-        # the worst first: a tile may be vague only because of its neighbour
-        score = np.where(insane, np.abs(log_gain).max(axis=1) + 1e6, np.where(vague, error.max(axis=1), -1))
-        determined = determined.copy()
-        determined[int(np.argmax(score))] = False
-    undetermined = ~linked & ~excluded
-    log_gain[undetermined] = 0.0
-    error[undetermined] = np.inf
-    if count - excluded.sum() > 1:
-        words = (
-            f"its overlaps have too little structure (or its gain would lie outside 1/{SANE_GAIN:g} .. {SANE_GAIN:g}); "
-            "gain 1 in all channels, only its background is matched"
-        )
-        notes = [_notice(tiles[k], "gain_undetermined", words) for k in np.flatnonzero(undetermined).tolist()]
-    return np.exp(log_gain), error, notes
-
-
-def tiles_of(pairs: Sequence[PairRelation]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers, int (P,), of the first and of the second tile of each pair."""
-    i, j = np.array([(p.i, p.j) for p in pairs], int).reshape(-1, 2).T
-    return i, j
-
-
-def solve_differences(
-    count: int,
-    i: np.ndarray,
-    j: np.ndarray,
-    difference: np.ndarray,
-    sigma: np.ndarray,
-    group: np.ndarray,
-    prior: float = np.inf,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Robust least squares for x from differences ``x_i - x_j``, with the mean of each group exactly 0.
-
-    The gauge is a bordered system (one Lagrange multiplier a group), never a soft anchor row; the prior pulls x
-    towards 0 with that standard deviation. Iteratively reweighted, so that a wrong pair that others contradict loses
-    its influence: with Huber's weights at first, which lead to one solution from anywhere, then with Cauchy's, which
-    leave a wrong pair none.
-
-    Returns
-    -------
-    x, standard_error : ndarray (count,)
-    """
-    scale = float(np.median(sigma)) if len(sigma) else 1.0
-    # a tiny ridge keeps tiles without any edge solvable; with edges the prior is felt in the ninth digit or not at all
-    ridge = max((scale / prior) ** 2, 1e-12)
-    weight = (scale / sigma) ** 2
-    robust = np.ones(len(i))
-    x, step = np.zeros(count), 0
-    while True:
-        pull = weight * robust * difference
-        right = np.bincount(i, pull, count) - np.bincount(j, pull, count)
-        solve = bordered_solver(i, j, weight * robust, ridge, group)
-        previous, x = x, solve(right[:, None])[:, 0]
-        if not len(i):
-            break
-        u = np.abs(difference - x[i] + x[j]) / sigma
-        # pairs agree worse than they say in real data: what counts as an outlier is relative to the typical pair
-        u = u / (3.0 * max(1.0, 1.4826 * float(np.median(u))))
-        robust = 1 / np.maximum(u, 1.0) if step < HUBER_STEPS else 1 / (1 + u * u)
-        if step > HUBER_STEPS and np.max(np.abs(x - previous)) < 1e-3 * scale / np.sqrt(count):
-            break
-        step += 1
-        if step == MOST_STEPS:
-            break
-    variance = np.diag(solve(np.eye(count)))
-    spread = max(1.0, 1.4826 * float(np.median(np.abs(difference - x[i] + x[j]) / sigma))) if len(i) > count else 1.0
-    return x, scale * spread * np.sqrt(np.maximum(variance, 0.0))
-
-
-def bordered_solver(
-    i: np.ndarray, j: np.ndarray, weight: np.ndarray, ridge: float, group: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
-    """What solves the normal equations of weighted differences for right sides (count, m), each group's sum being 0."""
-    count, groups = len(group), int(group.max()) + 1
-    size, every = count + groups, np.arange(count)
-    rows = np.concatenate([i, j, i, j, every, every, count + group])
-    columns = np.concatenate([i, j, j, i, every, count + group, every])
-    values = np.concatenate([weight, weight, -weight, -weight, np.full(count, ridge), np.ones(2 * count)])
-    if count <= DENSE_TILES:
-        matrix = np.bincount(rows * size + columns, values, size * size).reshape(size, size)
-        solver = partial(np.linalg.solve, matrix)
-    else:
-        from scipy.sparse import csc_matrix
-        from scipy.sparse.linalg import splu
-
-        solver = splu(csc_matrix((values, (rows, columns)), shape=(size, size))).solve
-    return lambda right: solver(np.concatenate([right, np.zeros((groups, right.shape[1]))]))[:count]
-
-
-def solve_offsets(
-    pairs: Sequence[PairRelation], gain: np.ndarray, component: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Levels (K, C) that make the normalised tiles agree in their overlaps, and their standard errors."""
-    i, j = tiles_of(pairs)
-    level, level_se = np.zeros(gain.shape), np.zeros(gain.shape)
-    for c in range(gain.shape[1]):
-        # mean_i / g_i + level_i = mean_j / g_j + level_j
-        difference = np.array([p.mean_j[c] / gain[p.j, c] - p.mean_i[c] / gain[p.i, c] for p in pairs])
-        error = np.array([p.mean_se[c] / gain[p.i, c] for p in pairs])
-        level[:, c], level_se[:, c] = solve_differences(len(gain), i, j, difference, error, component)
-    return level, level_se
-
-
 def overlap_steps(
-    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], gain: np.ndarray, level: np.ndarray
+    tiles: Sequence[CoarseTile],
+    pairs: Sequence[PairRelation],
+    gain: np.ndarray,
+    level: np.ndarray,
+    polynomials: np.ndarray,
 ) -> np.ndarray:
     """Difference (P, C) of the sky of each pair's tiles, normalised, in units of one normalised tile's pixel noise."""
+    if not pairs:
+        return np.zeros((0, gain.shape[1]))
     noise = np.stack([t.pixel_noise for t in tiles]) / gain
-    steps = np.zeros((len(pairs), gain.shape[1]))
-    for n, p in enumerate(pairs):
-        sigma = np.sqrt((noise[p.i] ** 2 + noise[p.j] ** 2) / 2)
-        steps[n] = in_units(p.mean_i / gain[p.i] + level[p.i] - p.mean_j / gain[p.j] - level[p.j], sigma)
-    return steps
+    sides = []
+    for k, smooth, modes in zip(tiles_of(pairs), ("smooth_i", "smooth_j"), ("modes_i", "modes_j"), strict=True):
+        mean = np.array([getattr(p, smooth)[:, 0] for p in pairs])
+        first = np.array([getattr(p, modes)[0, 1:] for p in pairs])
+        # the level holds the polynomial's constant already
+        slope = np.sum(polynomials[k, :, 1:] * first[:, None], axis=2)
+        sides.append((mean / gain[k] + level[k] - slope, noise[k] ** 2))
+    (one, var_one), (other, var_other) = sides
+    return in_units(one - other, np.sqrt((var_one + var_other) / 2))
 
 
 def set_gauge(level: np.ndarray, pivot: np.ndarray, component: np.ndarray, excluded: np.ndarray) -> np.ndarray:

@@ -81,7 +81,9 @@ def another(row: Setting, folder: Path) -> Value:
         return row.choices[row.choices.index(now) - 1]
     if row.kind == "path":
         return str(folder)
-    return now + 1 if row.kind == "int" else now + (row.high - now) / 10
+    if row.kind == "int":
+        return now + 1 if now < row.high else now - 1
+    return now + (row.high - now) / 10
 
 
 def outcome(step: str, folder: Path, report: dict[str, Any]) -> object:
@@ -89,7 +91,7 @@ def outcome(step: str, folder: Path, report: dict[str, Any]) -> object:
     if step == "stack":
         return (folder / "master_tiles" / "master_tile_001.fits").read_bytes()
     if step == "photometry":
-        keys = ("name", "gain", "offset", "ln_gain_se", "offset_se")
+        keys = ("name", "gain", "offset", "gradient", "ln_gain_se", "offset_se")
         return [[row[key] for key in keys] for row in report["tiles"]], report["pairs"]
     return product(folder, step).read_bytes()
 

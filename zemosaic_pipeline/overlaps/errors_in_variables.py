@@ -9,7 +9,7 @@ channel's gain, a colour error), and a plane where the residuals ask for it. doc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,8 +19,13 @@ STRUCTURE_ERROR = 0.005
 STRUCTURE_ERRORS = np.geomspace(0.001, 0.064, 13)
 #: The same where the sky is compared: stars count for less still.
 SKY_STRUCTURE_ERROR = 0.03
-#: A pair whose log ratio is known worse than this has too little structure: it is no gain edge.
+#: A log ratio that is known worse than this is none.
 MAX_PAIR_SE = 0.25
+#: Two tiles share structure where their cells are correlated by so many standard deviations, all channels together;
+#: then one of them tells its own ratio from so many on.
+MIN_EVIDENCE, SEEN_EVIDENCE = 5.0, 2.0
+#: Largest change of a log ratio in one step of the fit.
+LARGEST_CHANGE = 1.0
 #: Fewest common cells for an overlap to count.
 MIN_CELLS = 12
 #: Most steps of one iterative fit.
@@ -101,44 +106,72 @@ class Model:
 
 @dataclass(frozen=True)
 class Fit:
-    """Ratio (C,), the cells ``x`` and ``y`` (C, n) without the distortions, and the robust scatter (C,) in sigma."""
+    """What an overlap says of the ratio of two tiles, per channel.
+
+    Attributes
+    ----------
+    ratio, error : ndarray
+        float64 (C,), y over x, and the standard error of its logarithm, inf where it is not known.
+    x, y : ndarray
+        The cells (C, n) without the distortions.
+    scatter : ndarray
+        float64 (C,), robust scatter about the fit in units of what the pixel noise explains.
+    stars, star_scatter, star_noise : ndarray
+        float64 (C,), effective number of stars that decide, the rms deviation of their log ratios, and what of that
+        noise explains.
+    """
 
     ratio: np.ndarray
+    error: np.ndarray
     x: np.ndarray
     y: np.ndarray
     scatter: np.ndarray
+    stars: np.ndarray
+    star_scatter: np.ndarray
+    star_noise: np.ndarray
 
 
-def fit_overlap(overlap: Overlap) -> tuple[Fit, np.ndarray]:
-    """The fit of one tile on the other and the standard errors (C,) of the log ratios.
+def fit_overlap(overlap: Overlap, order: int = 2) -> Fit:
+    """The fit of one tile on the other.
 
-    A part of the cells leads near the solution, all of them end there. The errors are infinite, all of them, where the
-    tiles share no structure beyond their noise.
+    A polynomial of ``order`` (at least 1) is fitted along where the residuals ask for it: always to fit it would cost
+    the information that a nebula holds. The errors are infinite, all of them, where the tiles share no structure
+    beyond their noise.
     """
     one = np.ones(len(overlap.x))
-    unknown = Fit(one, overlap.x, overlap.y, one * np.nan), one * np.inf
-    ratio = initial_ratios(overlap)
+    smooth = smooth_columns(overlap.used, max(order, 1))
+    found = fitted(overlap, smooth[:0], smooth)
+    if found is None:
+        found = fitted(overlap, smooth)
+    if found is None:
+        return Fit(one, one * np.inf, overlap.x, overlap.y, one * np.nan, 0 * one, 0 * one, one)
+    return final_fit(overlap, *found)
+
+
+def fitted(
+    overlap: Overlap, smooth: np.ndarray, missed: np.ndarray | None = None
+) -> tuple[np.ndarray, Model, float] | None:
+    """Design and model of the fit with some smooth columns (m, n) beside the constant; None without a slope.
+
+    None, too, as soon as the residuals show that they lack the smooth columns ``missed``. A part of the cells leads
+    near the solution, all of them end there.
+    """
+    ratio = initial_ratios(overlap, smooth)
     if ratio is None:
-        return unknown
-    design = make_design(overlap, ratio)
-    some = np.ascontiguousarray(design[:, :, part(design.shape[2])])
-    model = fit_ratios(overlap, some, first_model(overlap, ratio), STRUCTURE_ERROR, 0.1)
-    if model is None:
-        return unknown
+        return None
+    design = make_design(overlap, ratio, smooth)
+    few = part(design.shape[2])
+    some = np.ascontiguousarray(design[:, :, few])
+    model = fit_ratios(overlap, some, first_model(overlap, ratio, len(smooth)), STRUCTURE_ERROR, 0.1)
+    if model is None or (missed is not None and needs_gradient(missed[:, few], some, model)):
+        return None
     if np.max(np.abs(np.log(model.ratio / ratio))) > 0.05:
-        design = make_design(overlap, model.ratio)
+        design = make_design(overlap, model.ratio, smooth)
     relative = structure_error(design, model)
     model = fit_ratios(overlap, design, model, relative, 0.02)
-    if model is None:
-        return unknown
-    planes = plane_columns(overlap.used, model.weight)
-    if needs_plane(planes, design, model):
-        design = np.concatenate([design, np.broadcast_to(planes, (len(design), *planes.shape))], axis=1)
-        model = replace(model, rows=np.pad(model.rows, ((0, 0), (0, 0), (0, 2))))
-        model = fit_ratios(overlap, design, model, relative, 0.02)
-        if model is None:
-            return unknown
-    return final_fit(design, model), standard_errors(overlap, design, model)
+    if model is None or (missed is not None and needs_gradient(missed, design, model)):
+        return None
+    return design, model, relative
 
 
 def part(count: int) -> slice:
@@ -146,33 +179,57 @@ def part(count: int) -> slice:
     return slice(None, None, max(1, count // FIRST_CELLS))
 
 
-def final_fit(design: np.ndarray, model: Model) -> Fit:
-    """The cells without the distortions."""
+def final_fit(overlap: Overlap, design: np.ndarray, model: Model, relative: float) -> Fit:
+    """The model with its errors, and the cells without the distortions."""
     x, y = np.swapaxes(both_axes(model.ratio, model.theta) @ design[:, : 2 + len(model.theta)], 0, 1)
-    residual = (model.rows @ design)[:, 0]
-    return Fit(model.ratio, x, y, np.maximum(deviation(residual), 1.0))
+    residual, structure = np.swapaxes(model.rows @ design, 0, 1)
+    plain = structure_weights(structure, relative)
+    stars = scatter_of_stars(overlap, plain * structure**2, plain * structure * residual)
+    error = standard_errors(overlap, design, model)
+    return Fit(model.ratio, error, x, y, np.maximum(deviation(residual), 1.0), *stars)
 
 
-def initial_ratios(overlap: Overlap) -> np.ndarray | None:
-    """Robust first guess of the slopes (C,) of y on x (C, n); None where they share no structure in some channel.
+def initial_ratios(overlap: Overlap, smooth: np.ndarray) -> np.ndarray | None:
+    """Robust first guess of the slopes (C,) of y on x (C, n); None where they share no structure.
 
-    The correlation of n independent pairs of pure noise has a standard deviation of 1 / sqrt(n).
+    What the smooth columns (m, n) explain is taken out of both first. The correlation of n independent pairs of pure
+    noise has a standard deviation of 1 / sqrt(n). Evidence is pooled over the channels: one that shows little by itself
+    takes the slope of all.
     """
     count = overlap.x.shape[1]
     if count < MIN_CELLS:
         return None
-    clipped = []
-    for values in (overlap.x, overlap.y):
-        some = values[:, part(count)]
-        middle = median(some)
-        high = int(0.995 * (some.shape[1] - 1))
-        limit = np.partition(np.abs(some - middle), high, axis=1)[:, high, None]
-        clipped.append(np.clip(values - middle, -limit, limit))
-    x, y = clipped
+    x, y = (clipped(clipped(values) - trend(clipped(values), smooth)) for values in (overlap.x, overlap.y))
     sxx, syy, sxy = (np.mean(product, axis=1) for product in (x * x, y * y, x * y))
-    if (sxy <= 5 * np.sqrt(sxx * syy * CORRELATED_CELLS / count)).any():
+    noise = np.sqrt(np.maximum(sxx * syy, 1e-300) * CORRELATED_CELLS / count)
+    if np.sum(sxy / noise) <= MIN_EVIDENCE * np.sqrt(len(sxy)):
         return None
-    return deming_slope(sxx, syy, sxy, overlap.vy / overlap.vx)
+    noise_ratio = overlap.vy / overlap.vx
+    together = [np.sum(s / overlap.vx, keepdims=True) for s in (sxx, syy, sxy)]
+    if not together[2] > 0:
+        return None
+    common = deming_slope(together[0], together[1], together[2], np.mean(noise_ratio, keepdims=True))
+    strong = sxy > MIN_EVIDENCE * noise
+    return np.where(strong, deming_slope(sxx, syy, np.where(strong, sxy, 1.0), noise_ratio), common)
+
+
+def clipped(values: np.ndarray) -> np.ndarray:
+    """Values (C, n) less their median, no further from it than 99.5 % of them."""
+    some = values[:, part(values.shape[1])]
+    middle = median(some)
+    high = int(0.995 * (some.shape[1] - 1))
+    limit = np.partition(np.abs(some - middle), high, axis=1)[:, high, None]
+    return np.clip(values - middle, -limit, limit)
+
+
+def trend(values: np.ndarray, smooth: np.ndarray) -> np.ndarray:
+    """Least squares of values (C, n) by a constant and the smooth columns (m, n); 0 where there are none."""
+    if not len(smooth):
+        return np.zeros((len(values), 1))
+    columns = np.concatenate([np.ones((1, smooth.shape[1])), smooth])
+    gram = columns @ columns.T
+    gram[np.diag_indices(len(gram))] += 1e-12 * np.trace(gram)
+    return (values @ columns.T) @ np.linalg.inv(gram) @ columns
 
 
 def deming_slope(sxx: np.ndarray, syy: np.ndarray, sxy: np.ndarray, noise_ratio: np.ndarray) -> np.ndarray:
@@ -181,20 +238,21 @@ def deming_slope(sxx: np.ndarray, syy: np.ndarray, sxy: np.ndarray, noise_ratio:
     return (d + np.sqrt(d * d + 4 * noise_ratio * sxy * sxy)) / (2 * sxy)
 
 
-def first_model(overlap: Overlap, ratio: np.ndarray) -> Model:
+def first_model(overlap: Overlap, ratio: np.ndarray, smooth: int) -> Model:
     """Nothing but a ratio: the structure follows from it, no cell is doubted yet."""
     share, sigma = share_of_x(overlap, ratio), noise_of_difference(overlap, ratio)[:, 0]
     kinds = len(STENCILS)
-    rows = np.zeros((len(ratio), 2, 3 + kinds))
+    rows = np.zeros((len(ratio), 2, 3 + kinds + smooth))
     rows[:, 1, 0], rows[:, 1, 1] = share / sigma, (1 - share) / ratio / sigma
     middle = np.concatenate([median(t[:, part(t.shape[1])]) for t in (overlap.x, overlap.y)], axis=1)
-    rows[:, 1, -1] = -np.sum(rows[:, 1, :2] * middle, axis=1)
+    rows[:, 1, 2 + kinds] = -np.sum(rows[:, 1, :2] * middle, axis=1)
     empty = np.zeros(0)
     return Model(ratio, np.zeros(kinds), rows, empty, empty, empty)
 
 
-def make_design(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
-    """Rows (C, 2 + K + 1, n) of what the fit combines: x, y, K distortions of the common structure, a constant.
+def make_design(overlap: Overlap, ratio: np.ndarray, smooth: np.ndarray) -> np.ndarray:
+    """Rows (C, 2 + K + 1 + m, n) of what the fit combines: x, y, K distortions of the common structure, a constant,
+    and the smooth columns (m, n).
 
     The common structure is the inverse-variance mean of both tiles: its noise is independent of that of their
     difference.
@@ -203,11 +261,12 @@ def make_design(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
     width = overlap.image_x.shape[2] + 2 * REACH
     corner = (rows * overlap.step[0] + REACH) * width + columns * overlap.step[1] + REACH
     near = corner + (NEAR @ [width, 1])[:, None]
-    design = np.empty((len(ratio), 2 + len(STENCILS) + 1, len(rows)))
-    design[:, 0], design[:, 1], design[:, -1] = overlap.x, overlap.y, 1.0
+    kinds = 2 + len(STENCILS)
+    design = np.empty((len(ratio), kinds + 1 + len(smooth), len(rows)))
+    design[:, 0], design[:, 1], design[:, kinds], design[:, kinds + 1 :] = overlap.x, overlap.y, 1.0, smooth
     for c, share in enumerate(share_of_x(overlap, ratio)):
         common = share * overlap.image_x[c] + ((1 - share) / ratio[c]) * overlap.image_y[c]
-        np.matmul(STENCILS, np.pad(common, REACH, mode="edge").take(near), out=design[c, 2:-1])
+        np.matmul(STENCILS, np.pad(common, REACH, mode="edge").take(near), out=design[c, 2:kinds])
     return design
 
 
@@ -263,20 +322,25 @@ def fit_ratios(overlap: Overlap, design: np.ndarray, model: Model, relative: flo
 def improved(overlap: Overlap, design: np.ndarray, weight: np.ndarray, model: Model) -> Model | None:
     """One step for given weights (n,): Deming's slopes, then the distortions with them; None without a slope.
 
-    All that enters are the weighted products of the design's rows.
+    All that enters are the weighted products of the design's rows. A channel whose structure is lost in its noise keeps
+    its ratio.
     """
     values = 2 + len(model.theta)
     products, free = weighted_products(design, weight, values)
     axes = both_axes(model.ratio, model.theta)
     (sxx, sxy), (_, syy) = np.moveaxis(axes @ products @ np.swapaxes(axes, 1, 2), 0, -1)
-    if (sxy <= 0).any():
+    seen = sxy > SEEN_EVIDENCE * np.sqrt(np.maximum(sxx * syy, 0.0) * CORRELATED_CELLS / len(weight))
+    if not seen.any():
         return None
-    ratio = deming_slope(sxx, syy, sxy, overlap.vy / overlap.vx)
+    ratio = deming_slope(sxx, syy, np.where(seen, sxy, 1.0), overlap.vy / overlap.vx)
+    change = np.where(seen, np.log(ratio / model.ratio), 0.0)
+    ratio = model.ratio * np.exp(np.clip(change, -LARGEST_CHANGE, LARGEST_CHANGE))
     rows = residual_rows(overlap, axes, ratio)
     sigma = noise_of_difference(overlap, ratio)
     inverse = inverse_information(products, rows[:, 1], sigma)
     pull = np.sum((products @ rows[:, 0, :, None])[:, 2:, 0] / sigma, axis=0) - PRIOR_INFORMATION * model.theta
     change = inverse[:, len(ratio) :] @ pull
+    change[: len(ratio)] = np.clip(change[: len(ratio)], -LARGEST_CHANGE, LARGEST_CHANGE)
     ratio, theta = ratio * np.exp(change[: len(ratio)]), model.theta + change[len(ratio) :]
     rows = residual_rows(overlap, both_axes(ratio, theta), ratio)
     return Model(ratio, theta, np.concatenate([rows, -rows @ free], axis=2), free, weight, inverse)
@@ -347,6 +411,11 @@ def deviation(values: np.ndarray) -> np.ndarray:
     return 1.4826 * median(np.abs(values))[:, 0]
 
 
+def structure_weights(structure: np.ndarray, relative: float) -> np.ndarray:
+    """Weight (n,) of each cell from its structure (C, n), in units of the noise, and the structure's relative error."""
+    return 1.0 / (1.0 + relative**2 / len(structure) * np.sum(structure**2, axis=0))
+
+
 def standard_errors(overlap: Overlap, design: np.ndarray, model: Model) -> np.ndarray:
     """Standard error (C,) of each log ratio: sandwich estimate, correlated neighbours and shared terms included."""
     channels = len(model.ratio)
@@ -358,9 +427,57 @@ def standard_errors(overlap: Overlap, design: np.ndarray, model: Model) -> np.nd
     scores += model.inverse[:channels, :channels].T[:, :, None] * model.rows[:, None, 1, :values]
     scores = np.concatenate([scores, -scores @ model.free], axis=2) @ design
     influence = np.sum(scores * (residual * model.weight)[:, None], axis=0)
-    leverage = star_leverage(model.weight * structure**2, overlap)
-    error = clustered_deviation(influence / (1 - leverage), overlap)
+    information = model.weight * structure**2
+    error = clustered_deviation(influence / (1 - star_leverage(information, overlap)), overlap)
+    # without structure there is no influence either: what noise alone leaves open is the least
+    error = np.maximum(error, np.sqrt(np.diag(model.inverse)[:channels]))
     return np.where(error < MAX_PAIR_SE, error, np.inf)
+
+
+def scatter_of_stars(
+    overlap: Overlap, information: np.ndarray, pull: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How far the stars of an overlap contradict one another: the last three of :class:`Fit`.
+
+    From each cell's information on the log ratio and its pull (C, n): their quotient is the deviation.
+    A star is a hill of the information: every cell belongs to the highest of its neighbours, and with it to its peak.
+    """
+    image = np.full(np.add(overlap.used.shape, 2), -1.0)
+    image[1:-1, 1:-1][overlap.used] = information.sum(axis=0)
+    star = hills(image)[1:-1, 1:-1][overlap.used]
+    count = image.size
+    weight, pulled = (np.array([np.bincount(star, line, count) for line in values]) for values in (information, pull))
+    squares = np.maximum(np.sum(weight**2, axis=1), 1e-300)
+    total = np.maximum(np.sum(weight, axis=1), 1e-300)
+    number = total**2 / squares
+    correlated = max(CORRELATED_CELLS / (overlap.step[0] * overlap.step[1]), 1.0)
+    limit = np.full((len(weight), 1), 1e6)
+    for _ in range(5):
+        kept = np.clip(pulled, -limit * weight, limit * weight)
+        scatter = np.sqrt(np.sum(kept**2, axis=1) / squares)
+        limit = 3.0 * scatter[:, None]
+    return number, scatter, np.sqrt(correlated * number / total)
+
+
+def hills(image: np.ndarray) -> np.ndarray:
+    """Number of the peak, int (h, w), that each cell of an image leads to, always up to the highest neighbour.
+
+    The image has an edge, one cell wide, that is lower than all else.
+    """
+    height, width = image.shape
+    up = np.arange(image.size)
+    best = image.ravel().copy()
+    inner = up.reshape(height, width)[1:-1, 1:-1].ravel()
+    for step in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
+        other = image.ravel()[inner + step]
+        higher = other > best[inner]
+        best[inner[higher]] = other[higher]
+        up[inner[higher]] = inner[higher] + step
+    while True:
+        further = up[up]
+        if np.array_equal(further, up):
+            return up.reshape(height, width)
+        up = further
 
 
 def star_leverage(information: np.ndarray, overlap: Overlap) -> np.ndarray:
@@ -403,47 +520,22 @@ def _along(image: np.ndarray, kernels: Sequence[np.ndarray]) -> np.ndarray:
     return image
 
 
-def sky_means(overlap: Overlap, fit: Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Robust means (C,) of x and of y over the same cells, and the standard error of the difference in units of x.
-
-    Bright cells, where an error of the gain or of the stars' shape speaks, count for less.
-    """
-    sigma = noise_of_difference(overlap, fit.ratio)
-    some = part(fit.x.shape[1])
-    y = fit.y / fit.ratio[:, None]
-    structure = (0.5 / sigma) * (fit.x + y)
-    structure -= median(structure[:, some])
-    difference = (y - fit.x) / sigma
-    centre = median(difference[:, some])
-    small = 0.02 * np.sqrt(CORRELATED_CELLS / fit.x.shape[1])
-    step = 0
-    while True:
-        residual = difference - centre
-        weight = shared_weights(residual, structure, deviation(residual[:, some]), SKY_STRUCTURE_ERROR)
-        total = np.sum(weight)
-        previous, centre = centre, (difference @ weight / total)[:, None]
-        step += 1
-        if step == SKY_STEPS or np.max(np.abs(centre - previous)) < small:
-            break
-    error = clustered_deviation(weight * sigma * (difference - centre), overlap) / total
-    return fit.x @ weight / total, fit.y @ weight / total, np.maximum(error, 1e-3 * sigma[:, 0])
+def smooth_columns(used: np.ndarray, order: int) -> np.ndarray:
+    """The polynomials (2 or 5, n) of an order, without the constant, at the used cells (h, w)."""
+    y, x = (2 * (at + 0.5) / size - 1 for at, size in zip(np.nonzero(used), used.shape, strict=True))
+    return np.stack([y, x] if order < 2 else [y, x, y * y, x * y, x * x])
 
 
-def plane_columns(used: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Two slopes (2, n) over the used cells, their weighted means zero."""
-    planes = np.stack(np.nonzero(used)) / np.array(used.shape)[:, None]
-    return planes - (planes @ weight / np.sum(weight))[:, None]
-
-
-def needs_plane(planes: np.ndarray, design: np.ndarray, model: Model) -> bool:
-    """Whether the residuals show a plane, all channels together.
+def needs_gradient(smooth: np.ndarray, design: np.ndarray, model: Model) -> bool:
+    """Whether the residuals show what the smooth columns (m, n) would take out, all channels together.
 
     The improvement of chi square by a column of pure noise is about 1, times the cells that smoothing correlates.
     """
     residual = (model.rows @ design)[:, 0]
-    weighted = planes * model.weight
-    gram, pull = weighted @ planes.T, weighted @ residual.T
-    gram[np.diag_indices(2)] += 1e-12 * np.trace(gram) + 1e-300
+    columns = smooth - (smooth @ model.weight / np.sum(model.weight))[:, None]
+    weighted = columns * model.weight
+    gram, pull = weighted @ columns.T, weighted @ residual.T
+    gram[np.diag_indices(len(gram))] += 1e-12 * np.trace(gram) + 1e-300
     gain = float(np.sum(pull * np.linalg.solve(gram, pull)))
     degrees = pull.size
     return gain > CORRELATED_CELLS * (degrees + 5 * np.sqrt(2 * degrees))

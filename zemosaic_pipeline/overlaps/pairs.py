@@ -19,13 +19,16 @@ from zemosaic_pipeline.overlaps.errors_in_variables import (
     Overlap,
     fit_overlap,
     in_units,
-    sky_means,
+)
+from zemosaic_pipeline.overlaps.gradients import (
+    TileCoordinates,
+    polynomial_terms,
+    smooth_difference,
+    square_coordinates,
 )
 
 #: Most cells of one pair that enter its fit.
 MAX_CELLS = 3500
-#: Relative differences of solid angle that are not worth a correction.
-NO_EXCESS = 5e-4
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class CoarseTile:
         float64 (C,), standard deviation of one of the tile's pixels.
     sky : ndarray
         float64 (C,), the tile's own sky level: the pivot.
-    area : ndarray, optional
-        float32 (h, w), the solid angle of a tile pixel in each cell relative to that in the tile's middle, up to a
-        factor common to all tiles. Distortion makes it vary: flat-fielded pixels then keep the brightness of a surface,
-        but not the flux of a star (see :func:`make_overlap`).
+    coordinates : TileCoordinates, optional
+        Where the cells lie on the tile; None: the cells are its pixels.
+    scale : float
+        Size of a pixel, in any unit: what tells the tiles of one camera.
     """
 
     name: str
@@ -60,7 +63,30 @@ class CoarseTile:
     noise: np.ndarray
     pixel_noise: np.ndarray
     sky: np.ndarray
-    area: np.ndarray | None = None
+    coordinates: TileCoordinates | None = None
+    scale: float = 1.0
+
+    def terms(self, rows: np.ndarray, columns: np.ndarray, order: int) -> np.ndarray:
+        """Terms (M, n) of the tile's polynomial at cells (n,) of its own window, whole or broken numbers."""
+        place = self.coordinates or square_coordinates(self.fraction.shape)
+        u, v = place.at(rows, columns)
+        return np.stack(polynomial_terms(u, v, place.half, order))
+
+    def sample_cells(self) -> np.ndarray:
+        """Some cells (36, 2) spread over the tile's window, row and column on the mosaic's coarse grid."""
+        at = [
+            first + np.array([0.5, 2, 4, 6, 8, 9.5]) * n / 10
+            for first, n in zip(self.corner, self.fraction.shape, strict=True)
+        ]
+        return np.stack(np.meshgrid(*at, indexing="ij"), axis=-1).reshape(-1, 2)
+
+    def terms_within(self, cells: np.ndarray, order: int) -> np.ndarray:
+        """Terms (n, M) of the polynomial at cells (n, 2) of the mosaic's coarse grid; 0 where the tile does not reach."""
+        place = self.coordinates or square_coordinates(self.fraction.shape)
+        rows, columns = (cells - np.array(self.corner)).T
+        u, v = place.at(rows, columns)
+        within = (np.abs(u) <= place.half[1]) & (np.abs(v) <= place.half[0])
+        return np.where(within, np.stack(polynomial_terms(u, v, place.half, order)), 0.0).T
 
 
 @dataclass(frozen=True)
@@ -68,9 +94,12 @@ class PairRelation:
     """What the overlap of tiles ``i`` and ``j`` says, per channel.
 
     ``log_ratio`` = ln(g_i / g_j), with its standard error (inf where the overlap has too little structure);
+    ``stars`` is the effective number of stars that decide it and ``star_scatter`` the rms deviation of their log ratios,
+    ``star_noise`` what of that noise explains;
     ``scatter`` is the robust scatter of the cells about the fit in units of what the pixel noise explains;
-    ``samples`` the number of common cells. ``mean_i`` and ``mean_j`` are means over the same cells, those without stars
-    weighing most, less each tile's own sky; ``mean_se`` is the standard error of ``mean_i - mean_j`` in units of tile i.
+    ``samples`` the number of common cells. ``smooth_i`` and ``smooth_j`` (C, M) are what both tiles show of the modes of
+    their overlap, less each tile's own sky, ``smooth_se`` (C,) the standard error of their difference in units of tile i,
+    ``modes_i`` and ``modes_j`` (M, M) the modes of a tile's polynomial: see `overlaps.gradients`.
     ``step_before`` is the difference of the sky of the tiles as they came, in units of one tile's pixel noise.
     """
 
@@ -78,12 +107,27 @@ class PairRelation:
     j: int
     log_ratio: np.ndarray
     log_ratio_se: np.ndarray
+    stars: np.ndarray
+    star_scatter: np.ndarray
+    star_noise: np.ndarray
     scatter: np.ndarray
     samples: int
-    mean_i: np.ndarray
-    mean_j: np.ndarray
-    mean_se: np.ndarray
+    smooth_i: np.ndarray
+    smooth_j: np.ndarray
+    smooth_se: np.ndarray
+    modes_i: np.ndarray
+    modes_j: np.ndarray
     step_before: np.ndarray
+
+    @property
+    def mean_i(self) -> np.ndarray:
+        """Mean (C,) of tile i over the overlap's cells, those without stars weighing most, less the tile's sky."""
+        return self.smooth_i[:, 0]
+
+    @property
+    def mean_j(self) -> np.ndarray:
+        """The same of tile j."""
+        return self.smooth_j[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- common cells
@@ -118,9 +162,11 @@ def common_cells(
     return a.means[:, ya, xa], b.means[:, yb, xb], both
 
 
-def measure_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None) -> list[PairRelation]:
-    """Relations of the overlapping pairs, in the order of the tiles."""
-    found = (pair_relation(tiles, i, j) for i, j in overlapping_pairs(tiles, excluded))
+def measure_pairs(
+    tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None, order: int = 2
+) -> list[PairRelation]:
+    """Relations of the overlapping pairs, in the order of the tiles; ``order`` of the gradients that they may have."""
+    found = (pair_relation(tiles, i, j, order) for i, j in overlapping_pairs(tiles, excluded))
     return [relation for relation in found if relation is not None]
 
 
@@ -128,11 +174,12 @@ class PairsInPassing:
     """Measures each pair as soon as both tiles are there, on a thread of its own, while others are being measured.
 
     A context manager; :meth:`add` may be called from many threads, in any order. With ``hubs``, tiles of one field need
-    not all be compared with one another: only pairs that hold a hub are measured.
+    not all be compared with one another: only pairs that hold a hub are measured. ``order`` is that of the gradients
+    that the tiles may have.
     """
 
-    def __init__(self, count: int, hubs: Sequence[int] = ()) -> None:
-        self._count = count
+    def __init__(self, count: int, hubs: Sequence[int] = (), order: int = 2) -> None:
+        self._count, self._order = count, order
         self._tiles: dict[int, CoarseTile] = {}
         self._hubs = set(hubs) or set(range(count))
         self._pending: dict[tuple[int, int], Future] = {}
@@ -155,7 +202,7 @@ class PairsInPassing:
 
     def _measure(self, i: int, j: int) -> None:
         if (i, j) not in self._pending and overlap_windows(self._tiles[i], self._tiles[j]) is not None:
-            self._pending[i, j] = self._pool.submit(pair_relation, self._tiles, i, j)
+            self._pending[i, j] = self._pool.submit(pair_relation, self._tiles, i, j, self._order)
 
     def relations(self) -> list[PairRelation]:
         """What `measure_pairs` gives for all tiles, which must be there, or for the pairs that hold a hub.
@@ -184,28 +231,36 @@ def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) 
     return pairs
 
 
-def pair_relation(tiles: Sequence[CoarseTile] | Mapping[int, CoarseTile], i: int, j: int) -> PairRelation | None:
-    """Measure the overlap of two tiles; None where they have no common cells."""
+def pair_relation(
+    tiles: Sequence[CoarseTile] | Mapping[int, CoarseTile], i: int, j: int, order: int = 2
+) -> PairRelation | None:
+    """Measure the overlap of two tiles, whose gradients are of an order; None where they have no common cells."""
     a, b = tiles[i], tiles[j]
     common = common_cells(a, b)
     if common is None:
         return None
     means_a, means_b, both = common
     overlap = make_overlap(a, b, means_a, means_b, both)
-    fit, error = fit_overlap(overlap)
-    mean_i, mean_j, mean_se = sky_means(overlap, fit)
+    fit = fit_overlap(overlap, order)
+    smooth = smooth_difference(overlap, fit, *terms_of_both(a, b, overlap, order))
     return PairRelation(
         i,
         j,
         log_ratio=-np.log(fit.ratio),
-        log_ratio_se=error,
+        log_ratio_se=fit.error,
+        stars=fit.stars,
+        star_scatter=fit.star_scatter,
+        star_noise=fit.star_noise,
         scatter=fit.scatter,
         samples=int(np.count_nonzero(both)),
-        mean_i=mean_i,
-        mean_j=mean_j,
-        mean_se=mean_se,
+        smooth_i=smooth.x,
+        smooth_j=smooth.y,
+        smooth_se=smooth.error,
+        modes_i=smooth.modes_x,
+        modes_j=smooth.modes_y,
         step_before=in_units(
-            mean_i + a.sky - mean_j - b.sky, np.sqrt((np.square(a.pixel_noise) + np.square(b.pixel_noise)) / 2)
+            smooth.x[:, 0] + a.sky - smooth.y[:, 0] - b.sky,
+            np.sqrt((np.square(a.pixel_noise) + np.square(b.pixel_noise)) / 2),
         ),
     )
 
@@ -213,8 +268,7 @@ def pair_relation(tiles: Sequence[CoarseTile] | Mapping[int, CoarseTile], i: int
 def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.ndarray, both: np.ndarray) -> Overlap:
     """Smooth both tiles alike, so that no star is cut by a cell's edge.
 
-    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. Where the tiles
-    know the solid angle of their pixels, the stars of ``b`` are scaled by its ratio, the nebula is not.
+    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike.
     """
     empty = None if both.all() else ~both
     norm = 1.0 / np.maximum(binomial_sums(both[None], np.zeros(1), None), 1.0)
@@ -225,14 +279,17 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     rows, columns = rows * down, columns * across
     cells = rows * both.shape[1] + columns
     x, y = (image.reshape(len(image), -1).take(cells, axis=1) for image in images)
-    windows = overlap_windows(a, b)
-    if a.area is not None and b.area is not None and windows is not None:
-        (ya, xa), (yb, xb) = windows
-        excess = a.area[ya, xa].ravel()[cells] / b.area[yb, xb].ravel()[cells] - 1.0
-        if (np.abs(excess) > NO_EXCESS).any():
-            y += excess * (y - local_means(images[1], rows, columns))
     vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
     return Overlap(images[0], images[1], x, y, used, (down, across), vx, vy)
+
+
+def terms_of_both(a: CoarseTile, b: CoarseTile, overlap: Overlap, order: int) -> list[np.ndarray]:
+    """Terms (M, n) of both tiles' polynomials at the cells that enter the fit."""
+    windows = overlap_windows(a, b)
+    assert windows is not None
+    rows, columns = np.nonzero(overlap.used)
+    rows, columns = rows * overlap.step[0], columns * overlap.step[1]
+    return [t.terms(rows + y.start, columns + x.start, order) for t, (y, x) in zip((a, b), windows, strict=True)]
 
 
 def thinning(both: np.ndarray) -> tuple[int, int]:
@@ -257,14 +314,3 @@ def binomial_sums(image: np.ndarray, sky: np.ndarray, empty: np.ndarray | None) 
         columns = rows[:, :-1] + rows[:, 1:]
         np.add(columns[:, :-1], columns[:, 1:], out=smooth[c])
     return smooth
-
-
-def local_means(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Means (C, n) of an image (C, h, w) over the 25 cells squared about some cells, as far as they lie within it."""
-    channels, height, width = image.shape
-    sums = np.zeros((channels, height + 1, width + 1))
-    np.cumsum(np.cumsum(image, axis=1), axis=2, out=sums[:, 1:, 1:])
-    top, bottom = np.maximum(rows - 12, 0), np.minimum(rows + 13, height)
-    left, right = np.maximum(columns - 12, 0), np.minimum(columns + 13, width)
-    total = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]
-    return total / ((bottom - top) * (right - left))

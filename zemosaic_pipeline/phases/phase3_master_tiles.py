@@ -203,6 +203,7 @@ def panel_settings(settings: Settings) -> Settings:
         intertile_photometric_match=normalise_by == "linear_fit",
         match_background_for_final=normalise_by != "none",
         photometry_cell_px=CELL,
+        gradient_order=0,
         engine="native",
         combine_method="mean",
         feather_px=FEATHER,

@@ -97,7 +97,8 @@ def finished_blocks(run: Run, scene: Scene, product: Product, backend: Backend) 
     if settings.save_final_as_uint16 or settings.engine != "native":
         return None
     tiles = [(kept.token(item.tile.path), item.tile.shape, item.weight, item.feather) for item in scene.placed]
-    photometry = [product.solution.gain, product.solution.pivot, product.solution.level]
+    found = product.solution
+    photometry = [found.gain, found.pivot, found.level, found.gradient]
     fingerprint = kept.fingerprint(
         product.name,
         backend_name(backend),

@@ -77,7 +77,19 @@ def normalise(run: Run, grid: OutputGrid, tiles: Sequence[SurveyedTile], pixels:
             f"photometric normalisation of {count} tiles over {len(scene.solution.pairs)} overlaps",
             num_tiles=count,
         )
+        run.reporter.info("", gradients_in_words(scene.solution))
     return scene
+
+
+def gradients_in_words(solution: PhotometricSolution) -> str:
+    """What was found of gradients, and how well the mosaic's sky is known because of them."""
+    if not solution.has_gradients:
+        return "no gradient between the tiles is larger than their noise explains"
+    whole, plane, quadratic = solution.sky_error
+    return (
+        f"gradients taken out, as far as the overlaps tell them: the sky over the whole mosaic is known to {whole:.2g} "
+        f"of a pixel's noise, to {plane:.2g} but for one plane, to {quadratic:.2g} but for one quadratic"
+    )
 
 
 def wants_solution(settings: Settings) -> bool:
@@ -161,7 +173,7 @@ def solve(
             tools.count(STAGE, next(done), count)
             return coarse
 
-        with PairsInPassing(count, hubs) as pairs:
+        with PairsInPassing(count, hubs, tools.settings.gradient_order) as pairs:
             jobs = tools.jobs if backend.parallel_blocks else 1
             coarse = run_parallel(one, range(count), jobs, tools.cancelled)
             return gains_and_offsets(tools.settings, coarse, pairs.relations())
@@ -192,6 +204,7 @@ def gains_and_offsets(
         match_gain=settings.intertile_photometric_match,
         gain_se_limit=settings.gain_se_limit,
         reject_bad_tiles=settings.reject_bad_tiles,
+        gradient_order=settings.gradient_order,
     )
     return compute_photometric_gains_and_offsets(coarse, options, pairs)
 

@@ -59,11 +59,22 @@ def describe(
         "tiles": tile_rows(scene, factors),
         "pairs": pair_rows(scene),
         "frames": list(run.frames.values()),
+        "gradients": gradient_facts(scene),
         "islands": int(scene.solution.component.max()) + 1,
         "set_aside": [asdict(item) for item in run.aside],
         "warnings": run.reporter.warning_texts,
         "settings": asdict(run.settings),
         "versions": versions(),
+    }
+
+
+def gradient_facts(scene: Scene) -> dict[str, Any]:
+    """What was found of gradients, in units of the noise of one tile's pixel: see docs/photometry.md."""
+    solution = scene.solution
+    return {
+        "found": solution.has_gradients,
+        "sizes": dict(zip(("slope", "curvature", "common_curvature"), solution.gradient_sizes, strict=False)),
+        "sky_error": dict(zip(("whole", "after_plane", "after_quadratic"), solution.sky_error, strict=True)),
     }
 
 
@@ -81,6 +92,7 @@ def tile_rows(scene: Scene, factors: Aesthetics | None) -> list[dict[str, Any]]:
                 "offset": solution.offset[k],
                 "pivot": solution.pivot[k],
                 "level": solution.level[k],
+                "gradient": solution.gradient[k],
                 "ln_gain_se": solution.gain_se[k],
                 "offset_se": solution.offset_se[k],
                 "noise": scene.surveys[k].noise,

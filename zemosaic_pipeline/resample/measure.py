@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from zemosaic_pipeline.arrays import Rect
+from zemosaic_pipeline.overlaps.gradients import TileCoordinates, fit_coordinates
 from zemosaic_pipeline.overlaps.pairs import CoarseTile
 from zemosaic_pipeline.pixels.backend_base import Backend, TileCells
 from zemosaic_pipeline.resample.mesh import mesh_positions, source_rows
@@ -17,8 +18,8 @@ from zemosaic_pipeline.sky import pixel_scale
 
 #: Rows of the output measured at a time.
 STRIP = 2048
-#: Cells between two samples of the pixels' solid angle.
-AREA_STEP = 8
+#: Cells along each axis from which a tile's coordinates are made.
+COORDINATE_SAMPLES = 12
 
 
 def coarse_window(rect: Rect, cell_px: int) -> Rect:
@@ -103,31 +104,15 @@ def measure_tile(
     return coarse_tile(item, survey, (cy0, cx0), means, number * every**2, cell_px)
 
 
-def relative_area(item: PlacedTile, corner: tuple[int, int], cells: tuple[int, int], cell_px: int) -> np.ndarray | None:
-    """Solid angle of a tile pixel in each cell, float32 (h, w), relative to that in the tile's middle.
-
-    It contains the solid angle of the output's pixels, a factor common to all tiles. None for too few cells.
-    """
-    if min(cells) < 2:
-        return None
-    # so smooth that every eighth cell will do
-    spots = [np.unique(np.append(np.arange(0, n, AREA_STEP), n - 1)) for n in cells]
+def tile_coordinates(item: PlacedTile, corner: tuple[int, int], size: tuple[int, int], cell_px: int) -> TileCoordinates:
+    """Where the middles of the coarse cells of a window lie on the tile, from some of them."""
+    spots = [np.unique(np.linspace(0, n - 1, COORDINATE_SAMPLES).astype(int)) for n in size]
     middles = [cell_px * (first + spot) + cell_px // 2 for first, spot in zip(corner, spots, strict=True)]
-    positions = mesh_positions(item.mesh, *middles)
-    (xy, yy), (xx, yx) = (np.gradient(positions, middle, axis=1 + k) for k, middle in enumerate(middles))
-    with np.errstate(divide="ignore"):
-        area = 1.0 / np.abs(xx * yy - xy * yx) / pixel_scale(item.tile.wcs) ** 2
-    finite = np.isfinite(area)
-    if not finite.any():
-        return None
-    area = np.where(finite, area, np.median(area[finite]))
-    down, across = (linear_weights(spot, n) for spot, n in zip(spots, cells, strict=True))
-    return (down @ area @ across.T).astype(np.float32)
-
-
-def linear_weights(spots: np.ndarray, length: int) -> np.ndarray:
-    """Dense (length, len(spots)) matrix that interpolates linearly between samples at ascending ``spots``."""
-    return np.stack([np.interp(np.arange(length), spots, row) for row in np.eye(len(spots))], axis=1)
+    x, y = mesh_positions(item.mesh, *middles)
+    rows, columns = (at.ravel() for at in np.meshgrid(*spots, indexing="ij"))
+    # the middle of an even number of pixels lies between two of them
+    shift = (0.5 - cell_px / 2 + cell_px // 2) / cell_px
+    return fit_coordinates(rows + shift, columns + shift, x.ravel(), y.ravel(), size, item.tile.shape)
 
 
 def coarse_tile(
@@ -157,5 +142,6 @@ def coarse_tile(
         noise=noise,
         pixel_noise=survey.noise,
         sky=sky,
-        area=relative_area(item, corner, number.shape, cell_px),
+        coordinates=tile_coordinates(item, corner, number.shape, cell_px) if number.size else None,
+        scale=pixel_scale(item.tile.wcs),
     )

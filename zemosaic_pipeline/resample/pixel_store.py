@@ -40,7 +40,7 @@ class PixelStore:
         """
         size = 4 * tile.channels * tile.shape[0] * tile.shape[1]
         if size > self._budget // 2 or (tile.plain and readings <= MOST_READINGS):
-            return _normalised(tile.read_rows(y0, y1), normalisation)
+            return _normalised(tile.read_rows(y0, y1), normalisation, y0, tile.shape[0])
         with self._lock:
             gate = self._reading.setdefault(id(tile.pixels), threading.Lock())
         with gate:
@@ -49,9 +49,9 @@ class PixelStore:
                 raw = self._take(tile) if normalisation else None
                 crowded = self._size + size > self._budget
                 if raw is None and crowded and (y1 - y0) * 2 < tile.shape[0]:
-                    return _normalised(tile.read_rows(y0, y1), normalisation)
+                    return _normalised(tile.read_rows(y0, y1), normalisation, y0, tile.shape[0])
                 raw = tile.read_rows(0, tile.shape[0]) if raw is None else raw
-                data = _normalised(raw, normalisation)
+                data = _normalised(raw, normalisation, 0, tile.shape[0])
                 self._keep(tile, normalisation, data)
             return data[:, y0:y1]
 
@@ -86,8 +86,8 @@ class PixelStore:
                 self._size -= old.nbytes
 
 
-def _normalised(data: np.ndarray, normalisation: Normalisation | None) -> np.ndarray:
-    """The pixels, which are nobody else's any more, normalised in place."""
+def _normalised(data: np.ndarray, normalisation: Normalisation | None, first_row: int, height: int) -> np.ndarray:
+    """The pixels of some rows of a tile, which are nobody else's any more, normalised in place."""
     if normalisation is None:
         return data
-    return apply_photometric_normalization(data, *normalisation, out=data)
+    return apply_photometric_normalization(data, *normalisation, out=data, first_row=first_row, height=height)

@@ -226,6 +226,14 @@ class Settings:
         ours=True,
         acts_in=("stack", "photometry"),
     )
+    gradient_order: int = setting(
+        2,
+        "gradients of the tiles that are matched along: 0 none, 1 planes, 2 planes and curvature",
+        low=0,
+        high=2,
+        ours=True,
+        acts_in=("photometry",),
+    )
     reject_bad_tiles: bool = setting(
         True,
         "leave out a tile whose values are absurd beside its neighbours'",

@@ -1,0 +1,286 @@
+"""One least squares for the level and the gradient of every tile, all tiles and channels together.
+
+Unknown are the coefficients of every tile's polynomial in the normalised system (`overlaps.gradients`). The overlaps
+measure their differences; what they leave open is decided by priors of mean zero whose sizes the data find: of the
+slopes, of the curvatures, and of the radial curvature that all tiles of one camera share. Without the last, a curvature
+common to all tiles is taken for a fan of slopes, and the mosaic becomes a bowl (as in aerial triangulation).
+
+The sizes have the greatest marginal likelihood; MacKay (1992), Neural Computation 4, 415: each size squared is the sum
+of squares of its coefficients over the number of them that the data determine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zemosaic_pipeline.overlaps.factorised import Factorised
+
+#: Steps with Huber's weights, before Cauchy's, and most steps of one solve.
+HUBER_STEPS = 5
+MOST_STEPS = 40
+#: Where the sizes of slopes, curvatures and common curvatures start, in units of the noise; the greater evidence wins.
+STARTS = ((1.0, 0.3, 1.0), (0.1, 0.1, 3.0))
+#: Smallest and largest size, in the same unit.
+LEAST_SIZE, GREATEST_SIZE = 1e-2, 1e4
+#: Expected ratio of the sizes of curvatures and slopes, and the standard deviation of its logarithm: felt only where
+#: the overlaps cannot tell one from the other.
+CURVATURE_SHARE, SHARE_SPREAD = 0.3, 1.0
+#: Change of the logarithm of a size, at most, in one step, and where the steps end.
+LARGEST_CHANGE, SMALL_CHANGE = 1.5, 0.01
+#: Share of the typical information that keeps the level of a group of tiles solvable; the gauge is set afterwards.
+RIDGE = 1e-9
+#: Most unknowns whose inverse is computed in full, and vectors that estimate the inverse of more.
+EXACT_UNKNOWNS, PROBES = 400, 48
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The overlaps' smooth differences, of P pairs, C channels and M modes, in units of each channel's noise.
+
+    Attributes
+    ----------
+    i, j : ndarray
+        int (P,), the tiles.
+    difference : ndarray
+        (P, C, M): what the polynomial of tile i exceeds that of tile j by, in modes of the overlap.
+    weight : ndarray
+        (P,), one over the variance of each difference, mean over the channels.
+    modes_i, modes_j : ndarray
+        (P, M, M): modes of the overlap from a tile's polynomial.
+    camera : ndarray
+        int (K,), which tiles share a camera.
+    """
+
+    i: np.ndarray
+    j: np.ndarray
+    difference: np.ndarray
+    weight: np.ndarray
+    modes_i: np.ndarray
+    modes_j: np.ndarray
+    camera: np.ndarray
+
+    @property
+    def terms(self) -> int:
+        return self.difference.shape[2]
+
+    @property
+    def tiles(self) -> int:
+        return len(self.camera)
+
+
+@dataclass(frozen=True)
+class Backgrounds:
+    """What is found: polynomials (K, C, M) in units of each channel's noise, and how well they are known.
+
+    ``sizes`` are those of slopes, curvatures and common curvature; ``evidence`` the logarithm of their marginal
+    likelihood, up to a constant. ``system`` solves for the polynomials; its inverse is their covariance.
+    """
+
+    polynomials: np.ndarray
+    sizes: np.ndarray
+    evidence: float
+    system: System
+
+
+def solve_backgrounds(measured: Measured) -> Backgrounds:
+    """The likeliest polynomials, from the start of the sizes that leads to the greater evidence."""
+    if measured.terms == 1:
+        return from_start(measured, np.array([]))
+    kinds = 2 if measured.terms > 3 else 1
+    starts = [np.array(start[:1] if kinds == 1 else start) for start in STARTS]
+    return max((from_start(measured, start) for start in starts), key=lambda found: found.evidence)
+
+
+def from_start(measured: Measured, sizes: np.ndarray) -> Backgrounds:
+    """Solve, weigh the pairs, and improve the sizes, in turn, until none of them changes."""
+    robust, spread = np.ones(len(measured.i)), 1.0
+    residual = np.zeros(len(measured.i))
+    for step in range(MOST_STEPS):
+        system = System(measured, measured.weight * robust / spread, sizes)
+        z = system.solve(system.right)
+        polynomials = system.polynomials(z)
+        change = size_changes(system, z, sizes)
+        before, residual = residual, pair_residuals(measured, polynomials)
+        spread = max(1.0, float(np.median(residual))) if len(residual) else 1.0
+        u2 = residual / (9.0 * spread)
+        robust = 1 / np.sqrt(np.maximum(u2, 1.0)) if step < HUBER_STEPS else 1 / (1 + u2)
+        still = np.max(np.abs(residual - before) / (1.0 + residual), initial=0.0) < SMALL_CHANGE
+        if step > HUBER_STEPS and still and np.max(np.abs(change), initial=0.0) < SMALL_CHANGE:
+            break
+        sizes = np.clip(sizes * np.exp(change), LEAST_SIZE, GREATEST_SIZE)
+    return Backgrounds(polynomials, system.sizes, evidence(system, z, residual, robust / spread), system)
+
+
+class System:
+    """The normal equations for given weights of the pairs and sizes, in coefficients over their sizes.
+
+    The unknowns are those of the tiles (K M), then, with second-order terms, one common curvature a camera. The latter
+    are few and touch every tile: they are eliminated last (Schur complement), so that the tiles' part stays sparse.
+    """
+
+    def __init__(self, measured: Measured, weight: np.ndarray, sizes: np.ndarray) -> None:
+        self.measured, self.sizes = measured, sizes
+        tiles, terms = measured.tiles, measured.terms
+        self.scale = np.tile(np.repeat([1.0, *sizes[:2]], [1, 2, 3][: 1 + len(sizes[:2])]), tiles)
+        self.common = sizes[-1] * common_columns(measured.camera) if terms > 3 else np.zeros((tiles * terms, 0))
+        ridge = RIDGE * (float(np.mean(weight)) if len(weight) else 1.0)
+        self.prior = np.tile(np.append(ridge, np.ones(terms - 1)), tiles)
+        rows, columns, values = normal_matrix(measured, weight)
+        self.right = self._inward(normal_pull(measured, weight))
+        every = np.arange(len(self.prior))
+        self.solve_tiles = Factorised(
+            np.append(rows, every),
+            np.append(columns, every),
+            np.append(values * self.scale[rows] * self.scale[columns], self.prior),
+            len(every),
+        )
+        across = [np.bincount(rows, values * line[columns], len(every)) for line in self.common.T]
+        self.across = np.reshape(across, (-1, len(every))).T
+        corner = self.common.T @ self.across + np.eye(self.common.shape[1])
+        self.across = self.scale[:, None] * self.across
+        self.carried = self.solve_tiles(self.across)
+        self.corner = corner - self.across.T @ self.carried
+
+    def _inward(self, pull: np.ndarray) -> np.ndarray:
+        """Right sides (N, n) from those (K M, n) of the plain coefficients."""
+        return np.concatenate([self.scale[:, None] * pull, self.common.T @ pull])
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        """What the equations give for right sides (N, n)."""
+        count = len(self.scale)
+        tiles = self.solve_tiles(right[:count])
+        cameras = np.linalg.solve(self.corner, right[count:] - self.across.T @ tiles)
+        return np.concatenate([tiles - self.carried @ cameras, cameras])
+
+    def inverse_diagonal(self) -> np.ndarray:
+        """Diagonal (N,) of the inverse: exact, or for many unknowns estimated (Hutchinson 1990) with fixed probes."""
+        count = len(self.scale) + len(self.corner)
+        if count <= EXACT_UNKNOWNS:
+            return np.diag(self.solve(np.eye(count)))
+        probes = np.random.default_rng(0).choice([-1.0, 1.0], (count, PROBES))
+        return np.mean(probes * self.solve(probes), axis=1)
+
+    def log_determinant(self) -> float:
+        return self.solve_tiles.log_determinant + float(np.linalg.slogdet(self.corner)[1])
+
+    def polynomials(self, z: np.ndarray) -> np.ndarray:
+        """Polynomials (K, C, M) from coefficients over their sizes (N, C); none for tiles that overlap no other."""
+        tiles, terms = self.measured.tiles, self.measured.terms
+        count = len(self.scale)
+        plain = self.scale[:, None] * z[:count] + self.common @ z[count:]
+        linked = np.zeros(tiles, bool)
+        linked[self.measured.i] = linked[self.measured.j] = True
+        return np.where(linked[:, None, None], np.swapaxes(plain.reshape(tiles, terms, -1), 1, 2), 0.0)
+
+    def covariance(self, functionals: np.ndarray) -> np.ndarray:
+        """Covariance (n, n) of linear functionals (n, K, M) of the polynomials."""
+        right = self._inward(functionals.reshape(len(functionals), -1).T)
+        return right.T @ self.solve(right)
+
+    def level_errors(self, group: np.ndarray) -> np.ndarray:
+        """Standard error (K,) of the level of each tile against the mean of its group, int (K,), of connected tiles."""
+        tiles = self.measured.tiles
+        together = (group[:, None] == group).astype(float)
+        levels = np.zeros((tiles, tiles, self.measured.terms))
+        levels[:, :, 0] = np.eye(tiles) - together / together.sum(axis=1)
+        return np.sqrt(np.maximum(np.diag(self.covariance(levels)), 0.0))
+
+    def kinds(self) -> list[np.ndarray]:
+        """Which unknowns are slopes, curvatures and common curvatures."""
+        term = np.tile(np.arange(self.measured.terms), self.measured.tiles)
+        cameras = len(term) + np.arange(len(self.corner))
+        found = [np.flatnonzero((term > 0) & (term < 3)), np.flatnonzero(term > 2), cameras]
+        return found[: len(self.sizes)]
+
+
+def common_columns(camera: np.ndarray) -> np.ndarray:
+    """Columns (6 K, cameras): the radial curvature of all tiles of each camera."""
+    columns = np.zeros((len(camera), 6, int(camera.max()) + 1))
+    columns[np.arange(len(camera)), 3, camera] = columns[np.arange(len(camera)), 5, camera] = 1.0
+    return columns.reshape(-1, columns.shape[2])
+
+
+def unknowns_of_pairs(measured: Measured) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (P, 2 M) of the coefficients that each pair's difference depends on, and how (P, M, 2 M)."""
+    term = np.arange(measured.terms)
+    first, second = (tile[:, None] * measured.terms + term for tile in (measured.i, measured.j))
+    return np.concatenate([first, second], axis=1), np.concatenate([measured.modes_i, -measured.modes_j], axis=2)
+
+
+def normal_matrix(measured: Measured, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and values, to be added up, of the normal equations' matrix (K M, K M)."""
+    at, both = unknowns_of_pairs(measured)
+    blocks = weight[:, None, None] * (np.swapaxes(both, 1, 2) @ both)
+    rows, columns = np.broadcast_arrays(at[:, :, None], at[:, None, :])
+    return rows.ravel(), columns.ravel(), blocks.ravel()
+
+
+def normal_pull(measured: Measured, weight: np.ndarray) -> np.ndarray:
+    """Right sides (K M, C) of the normal equations."""
+    at, both = unknowns_of_pairs(measured)
+    pulls = weight[:, None, None] * (measured.difference @ both)
+    size = measured.tiles * measured.terms
+    return np.stack([np.bincount(at.ravel(), pulls[:, c].ravel(), size) for c in range(pulls.shape[1])], axis=1)
+
+
+def size_changes(system: System, z: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Changes of the logarithms of the sizes that lead towards the greatest marginal likelihood."""
+    if not len(sizes):
+        return np.zeros(0)
+    inverse = system.inverse_diagonal()
+    channels = z.shape[1]
+    squares = np.array([np.sum(z[kind] ** 2) for kind in system.kinds()])
+    determined = np.array([channels * (len(kind) - np.sum(inverse[kind])) for kind in system.kinds()])
+    if len(sizes) > 1:
+        pull = (np.log(sizes[1] / sizes[0]) - np.log(CURVATURE_SHARE)) / SHARE_SPREAD**2
+        squares[0] += max(pull, 0)
+        determined[1] += max(pull, 0)
+        squares[1] += max(-pull, 0)
+        determined[0] += max(-pull, 0)
+    change = 0.5 * np.log(np.maximum(squares, 1e-300) / np.maximum(determined, 1e-9))
+    change = np.clip(change, -LARGEST_CHANGE, LARGEST_CHANGE)
+    at_least = (sizes <= LEAST_SIZE) & (change < 0)
+    return np.where(at_least, 0.0, change)
+
+
+def pair_residuals(measured: Measured, polynomials: np.ndarray) -> np.ndarray:
+    """Mean square (P,) of each pair's differences about the polynomials', in units of their own error."""
+    found = np.einsum("pmn,pcn->pcm", measured.modes_i, polynomials[measured.i])
+    found -= np.einsum("pmn,pcn->pcm", measured.modes_j, polynomials[measured.j])
+    return measured.weight * np.mean((measured.difference - found) ** 2, axis=(1, 2))
+
+
+def evidence(system: System, z: np.ndarray, residual: np.ndarray, share: np.ndarray) -> float:
+    """Logarithm of the marginal likelihood of the sizes, up to what does not depend on them."""
+    channels, terms = system.measured.difference.shape[1:]
+    prior = np.append(system.prior, np.ones(len(system.corner)))
+    misfit = channels * terms * np.sum(share * residual) + np.sum(prior[:, None] * z**2)
+    value = -0.5 * (channels * system.log_determinant() + misfit)
+    value += 0.5 * channels * terms * np.sum(np.log(np.maximum(share, 1e-300)))
+    if len(system.sizes) > 1:
+        value -= 0.5 * (np.log(system.sizes[1] / system.sizes[0] / CURVATURE_SHARE) / SHARE_SPREAD) ** 2
+    return float(value)
+
+
+def sky_errors(system: System, fields: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Standard error of the mosaic's low-frequency sky, rms over some places, in units of the noise.
+
+    ``fields`` (n, K, M) are the terms of the tiles' polynomials at each place, mean over the tiles that cover it;
+    ``places`` (n, 2) its row and column. Three numbers: with only a constant taken out, after a plane, after a
+    quadratic over the mosaic.
+    """
+    if len(places) < 2:
+        return np.zeros(3)
+    covariance = system.covariance(fields)
+    y, x = ((places - places.mean(axis=0)) / np.maximum(np.ptp(places, axis=0), 1)).T
+    columns = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+    errors = []
+    for taken in (1, 3, 6):
+        basis, strength = np.linalg.svd(columns[:, :taken], full_matrices=False)[:2]
+        basis = basis[:, strength > 1e-6 * strength[0]]
+        left = covariance - basis @ (basis.T @ covariance)
+        left = left - (left @ basis) @ basis.T
+        errors.append(np.sqrt(max(np.trace(left), 0.0) / len(places)))
+    return np.array(errors)
