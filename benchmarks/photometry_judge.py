@@ -111,8 +111,8 @@ def usable_stars(scene: Scene, region: np.ndarray, radius: float) -> np.ndarray:
     """Stars bright enough, alone enough, wholly within one region and unsaturated: int (n, 2), row, column."""
     from scipy.spatial import KDTree
 
-    *xy, fluxes = scene.sky.stars_on(scene.grid.wcs)
-    xy = np.stack(xy, axis=1)
+    number, x, y, fluxes = scene.sky.stars_on(scene.grid.wcs, scene.grid.shape)
+    xy = np.stack([x, y], axis=1)
     bright = (fluxes > 50 * scene.layout.noise * np.sqrt(np.pi) * radius).all(axis=1)
     near = KDTree(xy).query_ball_point(xy, 1.6 * radius)
     total = fluxes.mean(axis=1)
@@ -121,7 +121,7 @@ def usable_stars(scene: Scene, region: np.ndarray, radius: float) -> np.ndarray:
     reach = int(radius) + 1
     at = np.rint(xy[:, ::-1]).astype(int)
     inside = (at >= reach).all(axis=1) & (at[:, 0] < height - reach) & (at[:, 1] < width - reach)
-    at = at[bright & alone & inside & ~saturated(scene)]
+    at = at[bright & alone & inside & ~saturated(scene)[number]]
     rim = np.stack([region[at[:, 0] + dy, at[:, 1] + dx] for dy in (-reach, 0, reach) for dx in (-reach, 0, reach)])
     return at[(rim == rim[4]).all(axis=0) & (rim[4] >= 0)]
 
@@ -132,13 +132,13 @@ def saturated(scene: Scene) -> np.ndarray:
     for panel in scene.panels:
         if panel.ceiling is None:
             continue
-        x, y, _ = scene.sky.stars_on(panel.wcs)
-        j, i = np.rint(x).astype(int), np.rint(y).astype(int)
         height, width = panel.data.shape[-2:]
-        seen = np.flatnonzero((i > 0) & (j > 0) & (i < height - 1) & (j < width - 1))
+        number, x, y, _ = scene.sky.stars_on(panel.wcs, (height, width))
+        j, i = np.rint(x).astype(int), np.rint(y).astype(int)
+        seen = (i > 0) & (j > 0) & (i < height - 1) & (j < width - 1)
         i, j = i[seen], j[seen]
         peaks = np.stack([panel.data[:, i + dy, j + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
-        found[seen] |= np.nanmax(peaks, axis=(0, 1)) > panel.ceiling - 5 * panel.noise
+        found[number[seen]] |= np.nanmax(peaks, axis=(0, 1)) > panel.ceiling - 5 * panel.noise
     return found
 
 

@@ -24,8 +24,6 @@ from zemosaic_pipeline.overlaps.errors_in_variables import (
 
 #: Most cells of one pair that enter its fit.
 MAX_CELLS = 3500
-#: Relative differences of solid angle that are not worth a correction.
-NO_EXCESS = 5e-4
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,6 @@ class CoarseTile:
         float64 (C,), standard deviation of one of the tile's pixels.
     sky : ndarray
         float64 (C,), the tile's own sky level: the pivot.
-    area : ndarray, optional
-        float32 (h, w), the solid angle of a tile pixel in each cell relative to that in the tile's middle, up to a
-        factor common to all tiles. Distortion makes it vary: flat-fielded pixels then keep the brightness of a surface,
-        but not the flux of a star (see :func:`make_overlap`).
     """
 
     name: str
@@ -60,7 +54,6 @@ class CoarseTile:
     noise: np.ndarray
     pixel_noise: np.ndarray
     sky: np.ndarray
-    area: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -213,8 +206,7 @@ def pair_relation(tiles: Sequence[CoarseTile] | Mapping[int, CoarseTile], i: int
 def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.ndarray, both: np.ndarray) -> Overlap:
     """Smooth both tiles alike, so that no star is cut by a cell's edge.
 
-    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike. Where the tiles
-    know the solid angle of their pixels, the stars of ``b`` are scaled by its ratio, the nebula is not.
+    The kernel is normalised by the common mask: at the edge of the overlap it is cut for both alike.
     """
     empty = None if both.all() else ~both
     norm = 1.0 / np.maximum(binomial_sums(both[None], np.zeros(1), None), 1.0)
@@ -225,12 +217,6 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     rows, columns = rows * down, columns * across
     cells = rows * both.shape[1] + columns
     x, y = (image.reshape(len(image), -1).take(cells, axis=1) for image in images)
-    windows = overlap_windows(a, b)
-    if a.area is not None and b.area is not None and windows is not None:
-        (ya, xa), (yb, xb) = windows
-        excess = a.area[ya, xa].ravel()[cells] / b.area[yb, xb].ravel()[cells] - 1.0
-        if (np.abs(excess) > NO_EXCESS).any():
-            y += excess * (y - local_means(images[1], rows, columns))
     vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
     return Overlap(images[0], images[1], x, y, used, (down, across), vx, vy)
 
@@ -257,14 +243,3 @@ def binomial_sums(image: np.ndarray, sky: np.ndarray, empty: np.ndarray | None) 
         columns = rows[:, :-1] + rows[:, 1:]
         np.add(columns[:, :-1], columns[:, 1:], out=smooth[c])
     return smooth
-
-
-def local_means(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Means (C, n) of an image (C, h, w) over the 25 cells squared about some cells, as far as they lie within it."""
-    channels, height, width = image.shape
-    sums = np.zeros((channels, height + 1, width + 1))
-    np.cumsum(np.cumsum(image, axis=1), axis=2, out=sums[:, 1:, 1:])
-    top, bottom = np.maximum(rows - 12, 0), np.minimum(rows + 13, height)
-    left, right = np.maximum(columns - 12, 0), np.minimum(columns + 13, width)
-    total = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]
-    return total / ((bottom - top) * (right - left))

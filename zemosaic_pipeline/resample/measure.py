@@ -9,16 +9,13 @@ import numpy as np
 from zemosaic_pipeline.arrays import Rect
 from zemosaic_pipeline.overlaps.pairs import CoarseTile
 from zemosaic_pipeline.pixels.backend_base import Backend, TileCells
-from zemosaic_pipeline.resample.mesh import mesh_positions, source_rows
+from zemosaic_pipeline.resample.mesh import source_rows
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile, readings
 from zemosaic_pipeline.resample.survey import TileSurvey
-from zemosaic_pipeline.sky import pixel_scale
 
 #: Rows of the output measured at a time.
 STRIP = 2048
-#: Cells between two samples of the pixels' solid angle.
-AREA_STEP = 8
 
 
 def coarse_window(rect: Rect, cell_px: int) -> Rect:
@@ -103,33 +100,6 @@ def measure_tile(
     return coarse_tile(item, survey, (cy0, cx0), means, number * every**2, cell_px)
 
 
-def relative_area(item: PlacedTile, corner: tuple[int, int], cells: tuple[int, int], cell_px: int) -> np.ndarray | None:
-    """Solid angle of a tile pixel in each cell, float32 (h, w), relative to that in the tile's middle.
-
-    It contains the solid angle of the output's pixels, a factor common to all tiles. None for too few cells.
-    """
-    if min(cells) < 2:
-        return None
-    # so smooth that every eighth cell will do
-    spots = [np.unique(np.append(np.arange(0, n, AREA_STEP), n - 1)) for n in cells]
-    middles = [cell_px * (first + spot) + cell_px // 2 for first, spot in zip(corner, spots, strict=True)]
-    positions = mesh_positions(item.mesh, *middles)
-    (xy, yy), (xx, yx) = (np.gradient(positions, middle, axis=1 + k) for k, middle in enumerate(middles))
-    with np.errstate(divide="ignore"):
-        area = 1.0 / np.abs(xx * yy - xy * yx) / pixel_scale(item.tile.wcs) ** 2
-    finite = np.isfinite(area)
-    if not finite.any():
-        return None
-    area = np.where(finite, area, np.median(area[finite]))
-    down, across = (linear_weights(spot, n) for spot, n in zip(spots, cells, strict=True))
-    return (down @ area @ across.T).astype(np.float32)
-
-
-def linear_weights(spots: np.ndarray, length: int) -> np.ndarray:
-    """Dense (length, len(spots)) matrix that interpolates linearly between samples at ascending ``spots``."""
-    return np.stack([np.interp(np.arange(length), spots, row) for row in np.eye(len(spots))], axis=1)
-
-
 def coarse_tile(
     item: PlacedTile,
     survey: TileSurvey,
@@ -157,5 +127,4 @@ def coarse_tile(
         noise=noise,
         pixel_noise=survey.noise,
         sky=sky,
-        area=relative_area(item, corner, number.shape, cell_px),
     )

@@ -52,10 +52,15 @@ class Sky:
         """Side of a pixel in the middle of an image, in reference pixels."""
         return float(np.sqrt(pixel_solid_angle(wcs, (shape[1] - 1) / 2, (shape[0] - 1) / 2) / self.pixel))
 
-    def stars_on(self, wcs: WCS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels x, y (n,) of all stars on an image, and the sums (n, C) over the pixels of each."""
-        xs, ys = wcs.world_to_pixel_values(*self.wcs.pixel_to_world_values(*self.stars.T))
-        return xs, ys, self.fluxes * (self.pixel / pixel_solid_angle(wcs, xs, ys))[:, None]
+    def stars_on(self, wcs: WCS, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Stars on and around an image: their numbers (n,), pixels x and y (n,), and the sums (n, C) over their pixels."""
+        ra, dec = self.wcs.pixel_to_world_values(*self.stars.T)
+        x, y = wcs.wcs_world2pix(ra, dec, 0)
+        # far from the image a distortion has no inverse
+        margin = max(shape) / 4
+        near = (x > -margin) & (y > -margin) & (x < shape[1] + margin) & (y < shape[0] + margin)
+        x, y = wcs.world_to_pixel_values(ra[near], dec[near])
+        return np.flatnonzero(near), x, y, self.fluxes[near] * (self.pixel / pixel_solid_angle(wcs, x, y))[:, None]
 
     def image(self, wcs: WCS, shape: tuple[int, int], fwhm: float = 3.0) -> np.ndarray:
         """Noiseless sky as an instrument with this WCS sees it, float64 (C, H, W); stars are Gaussians."""
@@ -89,7 +94,7 @@ class Sky:
         out = np.zeros((self.channels, *shape))
         sigma = fwhm * FWHM_TO_SIGMA
         reach = int(np.ceil(5 * sigma))
-        xs, ys, fluxes = self.stars_on(wcs)
+        _, xs, ys, fluxes = self.stars_on(wcs, shape)
         near = (xs > -reach) & (xs < shape[1] + reach) & (ys > -reach) & (ys < shape[0] + reach)
         for x, y, flux in zip(xs[near], ys[near], fluxes[near], strict=True):
             i, j = round(float(x)), round(float(y))
