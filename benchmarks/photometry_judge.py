@@ -9,7 +9,7 @@ By region of the mosaic that one set of tiles covers:
 - ``sky``: median residual of the star-free pixels, in units of one tile's noise; the figure is the largest difference
   between two regions.
 - ``star``: median ratio of the stars' fluxes to the true ones (apertures; the true nebula and the sky's residual in the
-  block about the star subtracted), over the same of all stars; the figure is the largest deviation from 1, in percent.
+  blocks about the star subtracted), over the same of all stars; the figure is the largest deviation from 1, in percent.
 - ``colour``: ratio of those medians between two channels; the figure is the largest deviation from 1, in percent.
 
 By block of the mosaic, in units of one tile's noise, the worst channel (median residuals of the star-free pixels):
@@ -265,7 +265,7 @@ def star_errors(fitted: np.ndarray, blocks: np.ndarray, truth: Truth) -> np.ndar
     """Median ratio (S, C) of the stars' fluxes to the true ones, in every region that has stars enough.
 
     Relative to that of all stars: a gradient that looks like the nebula tilts the scale that the nebula gives.
-    The sky's own residual, that of the nearest of the ``blocks`` (C, h, w), is judged by itself and no part of a star.
+    The sky's own residual about it, in ``blocks`` (C, h, w), is judged by itself and no part of a star.
     """
     area = aperture_sums(np.ones((1, *truth.region.shape)), truth.stars, truth.radius)
     under = area * near(blocks, truth.stars)
@@ -278,10 +278,17 @@ def star_errors(fitted: np.ndarray, blocks: np.ndarray, truth: Truth) -> np.ndar
 
 
 def near(blocks: np.ndarray, stars: np.ndarray) -> np.ndarray:
-    """Values (n, C) of the blocks in which stars lie, or of the nearest that have one."""
-    from scipy.ndimage import distance_transform_edt
+    """The sky (n, C) at stars: means of the blocks (C, h, w) about them, weighted (1 2 1); of the nearest that have one.
 
-    empty = ~np.isfinite(blocks).all(axis=0)
+    One block alone is so noisy that it is most of the scatter of a region's five stars.
+    """
+    from scipy.ndimage import convolve1d, distance_transform_edt
+
+    known = np.isfinite(blocks)
+    sums, weights = np.where(known, blocks, 0.0), known.astype(float)
+    for axis in (1, 2):
+        sums, weights = (convolve1d(a, [1.0, 2.0, 1.0], axis=axis, mode="constant") for a in (sums, weights))
+    empty = (weights == 0).any(axis=0)
     nearest = distance_transform_edt(empty, return_distances=False, return_indices=True)
-    cell = np.minimum(stars // BLOCK, np.array(empty.shape) - 1)
-    return blocks[:, *nearest[:, *cell.T]].T
+    at = nearest[:, *np.minimum(stars // BLOCK, np.array(empty.shape) - 1).T]
+    return (sums[:, *at] / weights[:, *at]).T
