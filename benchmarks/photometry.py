@@ -6,7 +6,7 @@ in by hand (the *floor*, what noise and resampling alone cost). `photometry_judg
 are marked with an asterisk. Only ``--strict`` shows the largest difference from the floor within one region, which noise
 cannot hide.
 
-    python benchmarks/photometry.py [--seeds 1 2] [--cases base sip] [--strict] [--json FILE]
+    python benchmarks/photometry.py [--seeds 1 2] [--cases plain sip3] [--strict] [--json FILE]
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; the exit status is 1 where one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--cases", nargs="+", choices=list(scenes.CASES), default=list(scenes.CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*scenes.CASES, *scenes.GROUPS], default=list(scenes.CASES))
     parser.add_argument("--strict", action="store_true", help="print the largest difference from the floor as well")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args(arguments)
     results = []
-    for name in options.cases:
+    for name in dict.fromkeys(n for given in options.cases for n in scenes.GROUPS.get(given, [given])):
         for seed in options.seeds:
             results.append(run_case(name, scenes.CASES[name], seed))
             lines = list(table(results[-1:], options.strict))

@@ -270,8 +270,9 @@ def star_errors(fitted: np.ndarray, blocks: np.ndarray, truth: Truth) -> np.ndar
     area = aperture_sums(np.ones((1, *truth.region.shape)), truth.stars, truth.radius)
     under = area * near(blocks, truth.stars)
     ratio = (aperture_sums(fitted - truth.nebula, truth.stars, truth.radius) - under) / truth.fluxes
-    ratio /= np.median(ratio, axis=0)
-    home = truth.region[tuple(truth.stars.T)]
+    whole = np.isfinite(ratio).all(axis=1)  # another program's mosaic may end earlier
+    ratio = ratio[whole] / np.median(ratio[whole], axis=0)
+    home = truth.region[tuple(truth.stars[whole].T)]
     numbers, count = np.unique(home, return_counts=True)
     regions = numbers[(numbers >= 0) & (count >= MIN_STARS)]
     return np.array([np.median(ratio[home == n], axis=0) for n in regions]).reshape(-1, len(fitted))

@@ -117,6 +117,11 @@ CASES = {
     "bowl": Case(replace(BASE, plane=3.0, common_curvature=1.0), {"low": 1.9}),
     "vignette": Case(replace(BASE, plane=3.0, vignetting=0.04), {"low": 1.9}),
 }
+#: The eight without gradients that the README tells of, and all whose sky has gradients.
+GROUPS = {
+    "plain": ["base", "sip", "rotated", "nan", "noisy", "seeing", "gains", "6x6"],
+    "gradients": [name for name, case in CASES.items() if case.layout.plane],
+}
 
 
 @dataclass(frozen=True)
