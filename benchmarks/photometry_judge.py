@@ -226,11 +226,14 @@ def quadratic_of_blocks(blocks: np.ndarray, side: int, shape: tuple[int, int]) -
 # ---- the judge
 
 
-def judge(values: np.ndarray, truth: Truth, noise: float) -> Found:
-    """What a mosaic (C, H, W) is like, ``noise`` being one pixel's of a tile."""
+def judge(values: np.ndarray, truth: Truth, noise: float, by_stars: bool = False) -> Found:
+    """What a mosaic (C, H, W) is like, ``noise`` being one pixel's of a tile.
+
+    With ``by_stars`` the stars give the scale of what is judged by block, for programs that take the nebula away.
+    """
     residual = np.where(truth.star_free, brought(fit_to_truth, values, truth, noise) - truth.image, np.nan) / noise
     sky = by_region(residual, truth.region)
-    fitted = brought(fit_with_quadratic, values, truth, noise)
+    fitted = scaled_by_stars(values, truth) if by_stars else brought(fit_with_quadratic, values, truth, noise)
     residual = np.where(truth.star_free, fitted - truth.image, np.nan) / noise
     blocks = block_medians(residual, BLOCK)
     bend = quadratic_of_blocks(blocks, BLOCK, residual.shape[1:])
@@ -261,21 +264,36 @@ def by_region(residual: np.ndarray, region: np.ndarray) -> np.ndarray:
     return np.array([np.nanmedian(flat[:, g], axis=1) for n, g in groups if n >= 0])
 
 
+def scaled_by_stars(values: np.ndarray, truth: Truth) -> np.ndarray:
+    """A mosaic brought to the truth by the flux of its stars."""
+    for _ in range(3):  # the nearer to the truth, the less of the nebula is left under the stars
+        sky = block_medians(np.where(truth.star_free, values - truth.image, np.nan), BLOCK)
+        values = values / np.nanmedian(star_ratios(values, sky, truth), axis=0)[:, None, None]
+    return values
+
+
 def star_errors(fitted: np.ndarray, blocks: np.ndarray, truth: Truth) -> np.ndarray:
     """Median ratio (S, C) of the stars' fluxes to the true ones, in every region that has stars enough.
 
     Relative to that of all stars: a gradient that looks like the nebula tilts the scale that the nebula gives.
-    The sky's own residual about it, in ``blocks`` (C, h, w), is judged by itself and no part of a star.
     """
-    area = aperture_sums(np.ones((1, *truth.region.shape)), truth.stars, truth.radius)
-    under = area * near(blocks, truth.stars)
-    ratio = (aperture_sums(fitted - truth.nebula, truth.stars, truth.radius) - under) / truth.fluxes
+    ratio = star_ratios(fitted, blocks, truth)
     whole = np.isfinite(ratio).all(axis=1)  # another program's mosaic may end earlier
     ratio = ratio[whole] / np.median(ratio[whole], axis=0)
     home = truth.region[tuple(truth.stars[whole].T)]
     numbers, count = np.unique(home, return_counts=True)
     regions = numbers[(numbers >= 0) & (count >= MIN_STARS)]
     return np.array([np.median(ratio[home == n], axis=0) for n in regions]).reshape(-1, len(fitted))
+
+
+def star_ratios(fitted: np.ndarray, blocks: np.ndarray, truth: Truth) -> np.ndarray:
+    """Flux of every star over the true one, (n, C).
+
+    The sky's own residual about it, in ``blocks`` (C, h, w), is judged by itself and no part of a star.
+    """
+    area = aperture_sums(np.ones((1, *truth.region.shape)), truth.stars, truth.radius)
+    under = area * near(blocks, truth.stars)
+    return (aperture_sums(fitted - truth.nebula, truth.stars, truth.radius) - under) / truth.fluxes
 
 
 def near(blocks: np.ndarray, stars: np.ndarray) -> np.ndarray:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from astropy.wcs import WCS
 
 from scenes.places import benchmark
 from zemosaic_photometry import compute_photometric_gains_and_offsets
-from zemosaic_pipeline.synthetic.panels import Layout
+from zemosaic_pipeline.synthetic.panels import Layout, tangent_wcs
 
 SMALL = Layout(rows=2, columns=2, shape=(240, 320), overlap=0.25)
 
@@ -148,3 +149,21 @@ def test_a_constant_image_comes_out_constant():
     values, coverage = scenes.mosaic(scene, solution)
     for plane, level in zip(values, scene.sky.level, strict=True):
         assert plane[coverage > 0] == pytest.approx(level, rel=1e-6)
+
+
+def test_stars_can_give_the_scale_where_a_program_takes_the_nebula_away(known):
+    scene, truth, floor = known
+    values = scenes.true_mosaic(scene)[0] - truth.nebula
+    found = judging.judge(0.5 * (values + truth.nebula), truth, SMALL.noise, by_stars=True).figures
+    assert found["low_q"] == pytest.approx(floor["low_q"], abs=0.01)
+    found = judging.judge(0.5 * values, truth, SMALL.noise, by_stars=True).figures
+    missing = judging.block_medians(truth.nebula / SMALL.noise, judging.BLOCK)
+    assert found["low"] == pytest.approx(np.nanstd(missing, axis=(1, 2)).max(), rel=0.1)
+
+
+def test_other_programs_are_given_the_same_wcs():
+    peers = benchmark("gradient_peers")
+    wcs = tangent_wcs((240, 320), (83.8, -5.4), 4.0, 7.5)
+    header = peers.plain_header(wcs, (240, 320))
+    x, y = np.array([0.0, 319.0, 17.5]), np.array([0.0, 5.0, 239.0])
+    assert np.allclose(WCS(header).pixel_to_world_values(x, y), wcs.pixel_to_world_values(x, y), rtol=0, atol=1e-10)
