@@ -28,7 +28,7 @@ from scipy.spatial import KDTree
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from photometry import aperture_sums, fit_to_truth  # noqa: E402
+from photometry_judge import aperture_sums, fit_to_truth  # noqa: E402
 
 from zemosaic_pipeline.synthetic.night import FrameTruth, Truth  # noqa: E402
 

@@ -98,6 +98,17 @@ def _far_inside(truth, frame):
     return (x > 30) & (y > 30) & (x < 370) & (y < 530)
 
 
+def test_stars_are_flat_fielded_as_the_nebula_is():
+    """In the middle of a tangent plane: pixels of half the size hold four times the sum of a star."""
+    truth = night_truth(SMALL)
+    fine = tangent_wcs((1120, 800), panel_centre(SMALL, 0), SMALL.scale / 2)
+    x, y, sums = truth.stars_on(fine, (1120, 800))
+    middle = np.hypot(x - 399.5, y - 559.5) < 60
+    ra, dec = fine.pixel_to_world_values(x[middle], y[middle])
+    same = np.hypot(truth.ra - ra[:, None], truth.dec - dec[:, None]).argmin(axis=1)
+    assert len(same) > 3 and np.allclose(sums[middle], 4 * truth.flux[same], rtol=1e-5)
+
+
 def test_sky_is_nebula_through_the_air_plus_glow():
     night = replace(SMALL, faint_per_megapixel=0, hot=0, trails=0)
     truth = night_truth(night)

@@ -9,8 +9,10 @@ sampled once per pixel in the colour that the Bayer pattern has there; the noise
 and of reading. Nothing here is shared with the code under test: positions come from astropy alone, no pixel is ever
 interpolated, and each frame depends on the seed and its own number, not on the frames before it.
 
-Limitations: the point spread function is the same in all colours and all over the frame; the nebula is a surface
-brightness per pixel of the frame, without the change of a pixel's solid angle (2e-4 in the corner of a frame).
+Frames are as a flat of the sky leaves them, divided by the solid angle of their pixels: the nebula keeps its brightness
+everywhere, and a star's pixel sum goes with the inverse of the solid angle of a pixel where it lies.
+
+Limitations: the point spread function is the same in all colours and all over the frame.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from zemosaic_pipeline.synthetic.night_stars import field_stars
-from zemosaic_pipeline.synthetic.panels import add_sip, tangent_wcs
+from zemosaic_pipeline.synthetic.panels import add_sip, pixel_solid_angle, tangent_wcs
 
 FIELD_DEG = (98.0, 4.9)
 #: Half the width and the height of the sky that is filled with stars, degrees.
@@ -175,7 +177,7 @@ class Truth:
         return np.stack([RectBivariateSpline(ys, xs, c)(rows, columns).astype(np.float32) for c in coarse])
 
     def star_field(self, wcs: WCS, shape: tuple[int, int], fwhm: float | None = None) -> np.ndarray:
-        """The stars on a pixel grid, float64 (3, H, W), unsaturated; pixels of the frames' scale."""
+        """The stars on a pixel grid, float64 (3, H, W), unsaturated; ``fwhm`` in its pixels."""
         x, y, flux = self.stars_on(wcs, shape)
         out = np.zeros((3, *shape))
         for c in range(3):
@@ -183,14 +185,19 @@ class Truth:
         return out
 
     def stars_on(self, wcs: WCS, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels x, y (n,) and fluxes (n, 3) of the stars on and close around a pixel grid."""
+        """Pixels x, y (n,) of the stars on and close around a pixel grid, and their sums (n, 3) over its pixels.
+
+        A star's flux is its sum over pixels of the frames' nominal scale.
+        """
         height, width = shape
         centre = wcs.pixel_to_world_values((width - 1) / 2, (height - 1) / 2)
         ra, dec = wcs.pixel_to_world_values([0, 0, width - 1, width - 1], [0, height - 1] * 2)
         corners = gnomonic(ra, dec, centre)
         # far from the grid a distortion has no inverse
         near = np.hypot(*gnomonic(self.ra, self.dec, centre)) < 1.05 * np.hypot(*corners).max()
-        return *wcs.world_to_pixel_values(self.ra[near], self.dec[near]), self.flux[near]
+        x, y = wcs.world_to_pixel_values(self.ra[near], self.dec[near])
+        nominal = np.deg2rad(self.night.scale / 3600) ** 2
+        return x, y, self.flux[near] * (nominal / pixel_solid_angle(wcs, x, y))[:, None]
 
     def image(self, wcs: WCS, shape: tuple[int, int], fwhm: float | None = None) -> np.ndarray:
         """Nebula and stars as seen without air, glow or noise, float64 (3, H, W)."""
