@@ -24,6 +24,8 @@ from zemosaic_pipeline.overlaps.errors_in_variables import (
 
 #: Most cells of one pair that enter its fit.
 MAX_CELLS = 3500
+#: Fewest cells without saturated pixels that enter the fit alone: correlated as they are, fewer prove no structure.
+ENOUGH_CELLS = 180
 #: Relative differences of solid angle that are not worth a correction.
 NO_EXCESS = 5e-4
 
@@ -51,6 +53,8 @@ class CoarseTile:
         float32 (h, w), the solid angle of a tile pixel in each cell relative to that in the tile's middle, up to a
         factor common to all tiles. Distortion makes it vary: flat-fielded pixels then keep the brightness of a surface,
         but not the flux of a star (see :func:`make_overlap`).
+    saturated : ndarray, optional
+        bool (h, w): cells that a saturated pixel of the tile reaches.
     """
 
     name: str
@@ -61,6 +65,7 @@ class CoarseTile:
     pixel_noise: np.ndarray
     sky: np.ndarray
     area: np.ndarray | None = None
+    saturated: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -219,8 +224,9 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     empty = None if both.all() else ~both
     norm = 1.0 / np.maximum(binomial_sums(both[None], np.zeros(1), None), 1.0)
     images = [binomial_sums(m, t.sky, empty) * norm for m, t in ((means_a, a), (means_b, b))]
-    down, across = thinning(both)
-    used = both[::down, ::across]
+    unclipped = without_saturated(a, b, both)
+    down, across = thinning(unclipped)
+    used = unclipped[::down, ::across]
     rows, columns = np.nonzero(used)
     rows, columns = rows * down, columns * across
     cells = rows * both.shape[1] + columns
@@ -233,6 +239,18 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
             y += excess * (y - local_means(images[1], rows, columns))
     vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
     return Overlap(images[0], images[1], x, y, used, (down, across), vx, vy)
+
+
+def without_saturated(a: CoarseTile, b: CoarseTile, both: np.ndarray) -> np.ndarray:
+    """The common cells (h, w) where neither tile is saturated; all of them where too few would remain."""
+    windows = overlap_windows(a, b)
+    if windows is None:
+        return both
+    unclipped = both
+    for tile, window in zip((a, b), windows, strict=True):
+        if tile.saturated is not None:
+            unclipped = unclipped & ~tile.saturated[window]
+    return unclipped if np.count_nonzero(unclipped) >= ENOUGH_CELLS else both
 
 
 def thinning(both: np.ndarray) -> tuple[int, int]:

@@ -12,13 +12,16 @@ from zemosaic_pipeline.pixels.backend_base import Backend, TileCells
 from zemosaic_pipeline.resample.mesh import mesh_positions, source_rows
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile, readings
-from zemosaic_pipeline.resample.survey import TileSurvey
+from zemosaic_pipeline.resample.survey import WEIGHT_CELL, TileSurvey
 from zemosaic_pipeline.sky import pixel_scale
 
 #: Rows of the output measured at a time.
 STRIP = 2048
 #: Cells between two samples of the pixels' solid angle.
 AREA_STEP = 8
+#: Cells beyond its own that a pixel reaches, by the smoothing with (1 2 1) of the fits; what the spline of a sample
+#: carries further is little, and the survey's cells are wider than a star.
+CELLS_REACHED = 1.0
 
 
 def coarse_window(rect: Rect, cell_px: int) -> Rect:
@@ -130,6 +133,28 @@ def linear_weights(spots: np.ndarray, length: int) -> np.ndarray:
     return np.stack([np.interp(np.arange(length), spots, row) for row in np.eye(len(spots))], axis=1)
 
 
+def saturated_cells(
+    item: PlacedTile, saturated: np.ndarray, corner: tuple[int, int], measured: np.ndarray, cell_px: int
+) -> np.ndarray | None:
+    """The cells, bool (h, w), that a saturated pixel reaches, of those ``measured``; None where no pixel is saturated.
+
+    ``saturated`` is a survey's, on cells of :data:`WEIGHT_CELL` tile pixels.
+    """
+    if not (saturated.any() and measured.any()):
+        return None
+    middles = (cell_px * (first + np.arange(n)) + cell_px // 2 for first, n in zip(corner, measured.shape, strict=True))
+    positions = mesh_positions(item.mesh, *middles)[:, measured].astype(np.float32) / WEIGHT_CELL
+    down, across = (np.nanmedian(np.abs(np.diff(item.mesh.nodes, axis=axis)), axis=(1, 2)) for axis in (1, 2))
+    reach = (0.5 + CELLS_REACHED) * cell_px * (down + across)[:, None].astype(np.float32) / item.mesh.step / WEIGHT_CELL
+    count = np.pad(saturated, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+    limits = np.array(saturated.shape[::-1], np.float32)[:, None]
+    low, high = (np.fmin(np.fmax(positions + end, 0), limits).astype(np.int32) for end in (-reach, reach + 1))
+    (left, top), (right, bottom) = low, high
+    found = np.zeros(measured.shape, bool)
+    found[measured] = count[bottom, right] - count[top, right] - count[bottom, left] + count[top, left] > 0
+    return found
+
+
 def coarse_tile(
     item: PlacedTile,
     survey: TileSurvey,
@@ -158,4 +183,5 @@ def coarse_tile(
         pixel_noise=survey.noise,
         sky=sky,
         area=relative_area(item, corner, number.shape, cell_px),
+        saturated=saturated_cells(item, survey.saturated, corner, number > 0, cell_px),
     )
