@@ -1,8 +1,8 @@
 """Which pixels of a tile are saturated: a clipped star says nothing of a gain.
 
-Where the ceiling lies is seen in passing, strip by strip, for each channel by itself: white balance and debayering raise
-the channels to different heights. Clipped stars pile up at one value in many places; what the header says counts where
-the data reach it.
+Where the ceiling lies is seen in passing, strip by strip, for each channel by itself: white balance and debayering
+raise the channels to different heights. Clipped stars pile up at one value in many places; what the header says counts
+where the data reach it.
 """
 
 from __future__ import annotations
