@@ -28,8 +28,8 @@ class TileSurvey:
     ``valid`` is bool (h, w) on cells of :data:`WEIGHT_CELL` tile pixels: the cell holds data. ``noise`` is float64
     (C,), the standard deviation of a pixel, or, of pixels that debayering or resampling has smoothed, of independent
     ones whose means over cells would be as noisy; ``pixels`` the number of pixels with data; ``spread`` is the
-    difference of the highest and the lowest value. ``saturated`` is bool like ``valid``: a pixel of the cell is saturated in some
-    channel (`resample.saturation`).
+    difference of the highest and the lowest value. ``saturated`` is bool like ``valid``: a pixel of the cell is
+    saturated in some channel (`resample.saturation`).
     """
 
     valid: np.ndarray
