@@ -32,7 +32,7 @@ from zemosaic_pipeline.synthetic.panels import Sky, make_panels, tangent_wcs, wr
 from zemosaic_worker import run_hierarchical_mosaic
 
 ROOT = Path(zemosaic_worker.__file__).parent
-AESTHETIC = {"two_pass_coverage_renorm": True, "final_mosaic_rgb_equalize_enabled": True}
+AESTHETIC = {"two_pass_coverage_renorm": True, "level_sky": True, "final_mosaic_rgb_equalize_enabled": True}
 
 
 @pytest.fixture(scope="session")

@@ -344,6 +344,12 @@ def test_a_second_pass_and_balance_start_from_normalised_tiles(card, run):
         assert np.std(aesthetic[seen] - slope * science[seen] - black) < 0.05 * np.std(aesthetic[seen])
 
 
+def test_a_level_sky_is_the_same_on_both(card, run):
+    cpu, gpu = (run(gpu, level_sky=True)[0] for gpu in ("off", "on"))
+    science, ours, theirs = cpu["science"], gpu["aesthetic"], cpu["aesthetic"]
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.ptp(np.percentile(science, (0.1, 99.9)))
+
+
 @pytest.mark.parametrize("share", [0.4, 0.7, 0.95])
 def test_e_a_mosaic_is_never_made_half_and_half(monkeypatch, card, run, share):
     cpu = run("off")[0]

@@ -40,6 +40,7 @@ from zemosaic_worker import run_hierarchical_mosaic
 LAYOUT = Layout(rows=3, columns=3, shape=(150, 180), overlap=0.4, noise=2.0, rotation_deg=4.0)
 SETTINGS = {"gpu": "off", "memory_budget": "64MB", "num_processing_workers": 40, "two_pass_coverage_renorm": True}
 SETTINGS |= {"final_mosaic_rgb_equalize_enabled": True, "two_pass_cov_sigma_px": 16, "preview_png_max_dim": 300}
+SETTINGS |= {"level_sky": True}
 KINDS = ("science", "aesthetic", "coverage", "preview")
 STEPS = {"frame", "solve", "stack", "survey", "photometry", "science", "aesthetic"}
 

@@ -20,6 +20,7 @@ from zemosaic_worker import run_hierarchical_mosaic
 BUSY = {
     "gpu": "off",
     "two_pass_coverage_renorm": True,
+    "level_sky": True,
     "final_mosaic_rgb_equalize_enabled": True,
     "final_mosaic_black_point_equalize_enabled": True,
 }

@@ -36,6 +36,20 @@ def sky_of(image: np.ndarray) -> np.ndarray:
     return np.array([np.percentile(plane[plane != 0], 30) for plane in image])
 
 
+def test_level_sky(run):
+    asked = run(level_sky=True)
+    assert not differ(run(), asked)
+    seen = (asked.image() != 0).all(axis=0)
+    y, x = np.nonzero(seen)
+    basis = np.stack([np.ones(len(y)), y, x])
+    for science, aesthetic, span in zip(
+        asked.image(), asked.image("aesthetic"), asked.report["sky_plane"]["range"], strict=True
+    ):
+        taken = (science - aesthetic)[seen]
+        plane = np.linalg.lstsq(basis.T, taken, rcond=None)[0] @ basis
+        assert np.abs(taken - plane).max() < 0.01 < 0.5 * span < np.ptp(taken) < 1.5 * span
+
+
 def test_final_mosaic_rgb_equalize_enabled(run):
     asked = run(final_mosaic_rgb_equalize_enabled=True)
     before, after = sky_of(asked.image()), sky_of(asked.image("aesthetic"))

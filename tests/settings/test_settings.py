@@ -94,6 +94,13 @@ def test_gpu_switch_of_the_gui():
     assert read(use_gpu_phase5=False, gpu="on").gpu == "on"
 
 
+def test_background_extraction_of_the_gui_is_a_level_sky():
+    assert Settings.from_mapping(RECORDED, "gui")[0].level_sky
+    assert not read("gui", final_mosaic_dbe_enabled="false").level_sky
+    assert not Settings().level_sky
+    assert read(final_mosaic_dbe_enabled=False, level_sky=True).level_sky
+
+
 def test_cap_on_workers():
     assert read(parallel_max_cpu_workers=4).num_processing_workers == 4
     assert read(parallel_max_cpu_workers=4, num_processing_workers=2).num_processing_workers == 2

@@ -28,6 +28,7 @@ BROKEN = (OSError, EOFError, zlib.error, fits.VerifyError, ValueError, TypeError
 ImageHDU = fits.PrimaryHDU | fits.ImageHDU | fits.CompImageHDU
 """What may hold an image."""
 _FRAME_KEYWORDS = ("MT_NFRAMES", "NCOMBINE", "STACKCNT")
+_CEILING_KEYWORDS = ("SATURATE", "DATAMAX")
 
 
 # --------------------------------------------------------------------------------------- opening with astropy
@@ -204,6 +205,22 @@ def frame_count(*headers: fits.Header) -> int:
             if count > 0:
                 return count
     return 1
+
+
+def ceilings_of(stored: Stored, *headers: fits.Header) -> tuple[float, ...]:
+    """Values that may clip the brightest pixels, in the image's units, ascending.
+
+    The largest number of an integer type, and what SATURATE and DATAMAX say, true or not: who uses them asks the pixels.
+    """
+    found = {float(np.iinfo(stored.dtype).max) * stored.scale + stored.zero} if stored.dtype.kind in "iu" else set()
+    for header in headers:
+        for key in _CEILING_KEYWORDS:
+            try:
+                value: Any = header.get(key)
+                found.add(float(value))
+            except (fits.VerifyError, ValueError, TypeError):
+                continue
+    return tuple(sorted(value for value in found if 0 < value < np.inf))
 
 
 def looks_stacked(header: fits.Header) -> bool:

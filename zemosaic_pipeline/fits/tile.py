@@ -25,6 +25,7 @@ from zemosaic_pipeline.files import is_disk_full
 from zemosaic_pipeline.fits.headers import (
     ImageHDU,
     Stored,
+    ceilings_of,
     celestial_wcs,
     first_bytes,
     frame_count,
@@ -94,6 +95,8 @@ class Tile:
     zero_is_blank : bool
         Runs of pixels that are exactly 0 in all channels hold no data: RGB and floating-point files without ALPHA,
         whose borders many stackers fill with 0.
+    ceilings : tuple of float
+        What clips the brightest pixels, by the header (see `ceilings_of`).
     """
 
     name: str
@@ -105,6 +108,7 @@ class Tile:
     pixels: Pixels = field(repr=False)
     raw_sub: bool = False
     zero_is_blank: bool = False
+    ceilings: tuple[float, ...] = ()
 
     @property
     def plain(self) -> bool:
@@ -247,6 +251,7 @@ def open_tile(path: Path | str, name: str | None = None, scratch_dir: Path | str
         pixels=image.pixels,
         zero_is_blank=image.zero_is_blank,
         raw_sub=not stacked and channels == 1,
+        ceilings=ceilings_of(image.stored, image.header, image.primary),
     )
 
 

@@ -29,6 +29,8 @@ from zemosaic_pipeline.overlaps.gradients import (
 
 #: Most cells of one pair that enter its fit.
 MAX_CELLS = 3500
+#: Fewest cells without saturated pixels that enter the fit alone: correlated as they are, fewer prove no structure.
+ENOUGH_CELLS = 180
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class CoarseTile:
         Where the cells lie on the tile; None: the cells are its pixels.
     scale : float
         Size of a pixel, in any unit: what tells the tiles of one camera.
+    saturated : ndarray, optional
+        bool (h, w): cells that a saturated pixel of the tile reaches.
     """
 
     name: str
@@ -65,6 +69,7 @@ class CoarseTile:
     sky: np.ndarray
     coordinates: TileCoordinates | None = None
     scale: float = 1.0
+    saturated: np.ndarray | None = None
 
     def terms(self, rows: np.ndarray, columns: np.ndarray, order: int) -> np.ndarray:
         """Terms (M, n) of the tile's polynomial at cells (n,) of its own window, whole or broken numbers."""
@@ -273,8 +278,9 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     empty = None if both.all() else ~both
     norm = 1.0 / np.maximum(binomial_sums(both[None], np.zeros(1), None), 1.0)
     images = [binomial_sums(m, t.sky, empty) * norm for m, t in ((means_a, a), (means_b, b))]
-    down, across = thinning(both)
-    used = both[::down, ::across]
+    unclipped = without_saturated(a, b, both)
+    down, across = thinning(unclipped)
+    used = unclipped[::down, ::across]
     rows, columns = np.nonzero(used)
     rows, columns = rows * down, columns * across
     cells = rows * both.shape[1] + columns
@@ -290,6 +296,18 @@ def terms_of_both(a: CoarseTile, b: CoarseTile, overlap: Overlap, order: int) ->
     rows, columns = np.nonzero(overlap.used)
     rows, columns = rows * overlap.step[0], columns * overlap.step[1]
     return [t.terms(rows + y.start, columns + x.start, order) for t, (y, x) in zip((a, b), windows, strict=True)]
+
+
+def without_saturated(a: CoarseTile, b: CoarseTile, both: np.ndarray) -> np.ndarray:
+    """The common cells (h, w) where neither tile is saturated; all of them where too few would remain."""
+    windows = overlap_windows(a, b)
+    if windows is None:
+        return both
+    unclipped = both
+    for tile, window in zip((a, b), windows, strict=True):
+        if tile.saturated is not None:
+            unclipped = unclipped & ~tile.saturated[window]
+    return unclipped if np.count_nonzero(unclipped) >= ENOUGH_CELLS else both
 
 
 def thinning(both: np.ndarray) -> tuple[int, int]:

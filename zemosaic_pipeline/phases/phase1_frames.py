@@ -162,7 +162,8 @@ def stars_and_survey(frame: Frame, pixels: PixelStore) -> tuple[Stars, TileSurve
     tile = frame.tile(WCS(naxis=2))
     data = tile.read_rows(0, frame.shape[0])
     pixels.offer(tile, data)
-    return find_stars(np.mean(data, axis=0) if len(data) > 1 else data[0], STARS_KEPT), survey_pixels(data)
+    stars = find_stars(np.mean(data, axis=0) if len(data) > 1 else data[0], STARS_KEPT)
+    return stars, survey_pixels(data, tile.ceilings)
 
 
 def facts_of(frame: Frame, stars: Stars) -> dict[str, Any]:

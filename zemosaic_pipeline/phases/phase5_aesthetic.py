@@ -1,7 +1,7 @@
 """Steps 4 and 5 of Phase 5: what makes the aesthetic mosaic, from what the first pass left in memory.
 
-Coverage renormalisation, RGB balance and black point change flux for the eye's sake. They are the same for both
-backends, and the science mosaic is on disk before they begin.
+Coverage renormalisation, a level sky, RGB balance and black point change flux for the eye's sake. They are the same for
+both backends, and the science mosaic is on disk before they begin.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from zemosaic_photometry import (
 from zemosaic_pipeline.phases.phase5_canvas import ColourAdjustment, Coverage, Product
 from zemosaic_pipeline.phases.phase5_coadd import Mosaic, coadd_to_disk
 from zemosaic_pipeline.phases.phase5_normalise import Scene
+from zemosaic_pipeline.phases.phase5_sky_plane import SkyPlane, sky_plane
 from zemosaic_pipeline.phases.phase6_save import Outputs, product_header
 from zemosaic_pipeline.phases.run import Run
 from zemosaic_pipeline.resample.measure import cells_touched, coarse_window
@@ -29,11 +30,13 @@ from zemosaic_pipeline.settings.settings import Settings
 
 @dataclass(frozen=True)
 class Aesthetics:
-    """Factors of the aesthetic mosaic: per tile from the coverage, per channel from the balance, and the black point."""
+    """What makes the aesthetic mosaic: factors per tile from the coverage and per channel from the balance, the black
+    point, and the plane under the sky, which is subtracted first."""
 
     coverage_gain: np.ndarray
     rgb_gain: np.ndarray
     black: float
+    plane: SkyPlane | None = None
 
 
 def coadd_aesthetic(run: Run, scene: Scene, science: Mosaic, outputs: Outputs) -> tuple[Mosaic, Aesthetics | None]:
@@ -42,11 +45,15 @@ def coadd_aesthetic(run: Run, scene: Scene, science: Mosaic, outputs: Outputs) -
         return science, None
     with run.phase("phase5_aesthetic"):
         factors = aesthetic_factors(run.settings, scene, science)
+        header = product_header(run, scene, "aesthetic")
+        if factors.plane is not None:
+            spans = ", ".join(f"{span:.4g}" for span in factors.plane.span)
+            header["HISTORY"] = f"sky levelled by a plane of this range: {spans}"
         product = Product(
             "aesthetic",
             aesthetic_solution(scene.solution, factors),
             outputs.aesthetic,
-            product_header(run, scene, "aesthetic"),
+            header,
             preview=outputs.preview,
             adjust=colour_adjustment(factors),
         )
@@ -59,6 +66,10 @@ def aesthetic_factors(settings: Settings, scene: Scene, science: Mosaic) -> Aest
     if science.coverage is not None:
         gains = coverage_gains(scene, science.coverage, settings)
     image = science.preview
+    plane = sky_plane(image, science.bin) if settings.level_sky else None
+    if plane is not None:
+        middle = (science.bin - 1) / 2
+        image = image - plane.block(middle, middle, image.shape[1:], science.bin)
     rgb = np.ones(scene.channels)
     if settings.final_mosaic_rgb_equalize_enabled and scene.channels > 1:
         sky = np.array([np.nanpercentile(plane, 30) for plane in image])
@@ -66,7 +77,7 @@ def aesthetic_factors(settings: Settings, scene: Scene, science: Mosaic) -> Aest
     black = 0.0
     if settings.final_mosaic_black_point_equalize_enabled:
         black = black_point(image * rgb[:, None, None], settings.final_mosaic_black_point_percentile)
-    return Aesthetics(gains, rgb, black)
+    return Aesthetics(gains, rgb, black, plane)
 
 
 def coverage_gains(scene: Scene, coverage: Coverage, settings: Settings) -> np.ndarray:
@@ -101,4 +112,5 @@ def aesthetic_solution(solution: PhotometricSolution, factors: Aesthetics) -> Ph
 
 def colour_adjustment(factors: Aesthetics) -> ColourAdjustment:
     """What turns a science block (C, h, w) into an aesthetic one."""
-    return ColourAdjustment(factors.rgb_gain.astype(np.float32)[:, None, None], np.float32(factors.black))
+    gain = factors.rgb_gain.astype(np.float32)[:, None, None]
+    return ColourAdjustment(gain, np.float32(factors.black), factors.plane)

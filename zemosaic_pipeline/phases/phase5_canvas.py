@@ -17,6 +17,7 @@ from zemosaic_pipeline.fits.preview import PreviewAccumulator
 from zemosaic_pipeline.fits.writer import MosaicWriter
 from zemosaic_pipeline.host.threads import run_parallel
 from zemosaic_pipeline.phases.phase5_normalise import Scene
+from zemosaic_pipeline.phases.phase5_sky_plane import SkyPlane
 from zemosaic_pipeline.resume.journal import BlockJournal
 from zemosaic_pipeline.settings.settings import Settings
 
@@ -31,18 +32,22 @@ class Coverage:
 
 @dataclass(frozen=True)
 class ColourAdjustment:
-    """Turns a science block (C, h, w) into an aesthetic one: ``values * gain - black``, float32, gain (C, 1, 1)."""
+    """Turns a science block (C, h, w) into an aesthetic one: ``(values - plane) * gain - black``, gain (C, 1, 1)."""
 
     gain: np.ndarray
     black: np.float32
+    plane: SkyPlane | None = None
 
-    def __call__(self, values: np.ndarray) -> np.ndarray:
+    def __call__(self, y0: int, x0: int, values: np.ndarray) -> np.ndarray:
+        """The block whose first pixel is the mosaic's (y0, x0), float32."""
+        if self.plane is not None:
+            values = values - self.plane.block(y0, x0, values.shape[1:])
         return values * self.gain - self.black
 
     @property
-    def numbers(self) -> tuple[np.ndarray, float]:
+    def numbers(self) -> tuple[np.ndarray, float, list[np.ndarray] | None]:
         """What the result depends on."""
-        return self.gain, float(self.black)
+        return self.gain, float(self.black), self.plane and self.plane.numbers
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,9 @@ class Canvas:
 
     def put(self, block: Rect, values: np.ndarray, weights: np.ndarray) -> None:
         """One finished block: values (C, h, w) with NaN for "no data", weights (h, w)."""
-        if self._adjust is not None:
-            values = self._adjust(values)
         y0, x0 = block[0], block[2]
+        if self._adjust is not None:
+            values = self._adjust(y0, x0, values)
         checksums = [
             self._image.write_block(y0, x0, values if len(values) > 1 else values[0]),
             self._image.write_alpha(y0, x0, alpha_of(weights, self._full_weight)),

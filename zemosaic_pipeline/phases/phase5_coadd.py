@@ -26,10 +26,11 @@ STAGE = "phase5_reproject"
 
 @dataclass(frozen=True)
 class Mosaic:
-    """What stays in memory of a mosaic that was written: its preview image, float32 (C, h, w), and, where the second
-    pass needs it, its coarse coverage."""
+    """What stays in memory of a mosaic that was written: its preview image, float32 (C, h, w), of squares of ``bin``
+    pixels, and, where the second pass needs it, its coarse coverage."""
 
     preview: np.ndarray
+    bin: int
     coverage: Coverage | None
 
 
@@ -75,7 +76,7 @@ def coadd_to_disk(run: Run, scene: Scene, product: Product) -> Mosaic:
             run.tools.check()
             count(height)
             picture = finish(run, product, canvas, stack)
-        return Mosaic(picture, canvas.coarse_coverage())
+        return Mosaic(picture, canvas.preview.factor, canvas.coarse_coverage())
 
     return run.tools.switch.run(step)
 

@@ -60,6 +60,7 @@ def describe(
         "pairs": pair_rows(scene),
         "frames": list(run.frames.values()),
         "gradients": gradient_facts(scene),
+        "sky_plane": None if factors is None or factors.plane is None else {"range": factors.plane.span},
         "islands": int(scene.solution.component.max()) + 1,
         "set_aside": [asdict(item) for item in run.aside],
         "warnings": run.reporter.warning_texts,

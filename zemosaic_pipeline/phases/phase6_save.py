@@ -47,6 +47,7 @@ def wants_aesthetic(settings: Settings) -> bool:
     """Whether any step that changes flux for the eye's sake is on."""
     return (
         settings.two_pass_coverage_renorm
+        or settings.level_sky
         or settings.final_mosaic_rgb_equalize_enabled
         or settings.final_mosaic_black_point_equalize_enabled
     )

@@ -166,6 +166,7 @@ class Frame:
             n_frames=self.n_frames,
             pixels=self.pixels,
             zero_is_blank=self.zero_is_blank,
+            ceilings=() if self.saturation is None else (self.saturation,),
         )
 
     def luminance(self) -> np.ndarray:

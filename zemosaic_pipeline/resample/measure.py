@@ -13,13 +13,16 @@ from zemosaic_pipeline.pixels.backend_base import Backend, TileCells
 from zemosaic_pipeline.resample.mesh import mesh_positions, source_rows
 from zemosaic_pipeline.resample.pixel_store import PixelStore
 from zemosaic_pipeline.resample.placed import PlacedTile, readings
-from zemosaic_pipeline.resample.survey import TileSurvey
+from zemosaic_pipeline.resample.survey import WEIGHT_CELL, TileSurvey
 from zemosaic_pipeline.sky import pixel_scale
 
 #: Rows of the output measured at a time.
 STRIP = 2048
 #: Cells along each axis from which a tile's coordinates are made.
 COORDINATE_SAMPLES = 12
+#: Cells beyond its own that a pixel reaches, by the smoothing with (1 2 1) of the fits; what the spline of a sample
+#: carries further is little, and the survey's cells are wider than a star.
+CELLS_REACHED = 1.0
 
 
 def coarse_window(rect: Rect, cell_px: int) -> Rect:
@@ -115,6 +118,28 @@ def tile_coordinates(item: PlacedTile, corner: tuple[int, int], size: tuple[int,
     return fit_coordinates(rows + shift, columns + shift, x.ravel(), y.ravel(), size, item.tile.shape)
 
 
+def saturated_cells(
+    item: PlacedTile, saturated: np.ndarray, corner: tuple[int, int], measured: np.ndarray, cell_px: int
+) -> np.ndarray | None:
+    """The cells, bool (h, w), that a saturated pixel reaches, of those ``measured``; None where no pixel is saturated.
+
+    ``saturated`` is a survey's, on cells of :data:`WEIGHT_CELL` tile pixels.
+    """
+    if not (saturated.any() and measured.any()):
+        return None
+    middles = (cell_px * (first + np.arange(n)) + cell_px // 2 for first, n in zip(corner, measured.shape, strict=True))
+    positions = mesh_positions(item.mesh, *middles)[:, measured].astype(np.float32) / WEIGHT_CELL
+    down, across = (np.nanmedian(np.abs(np.diff(item.mesh.nodes, axis=axis)), axis=(1, 2)) for axis in (1, 2))
+    reach = (0.5 + CELLS_REACHED) * cell_px * (down + across)[:, None].astype(np.float32) / item.mesh.step / WEIGHT_CELL
+    count = np.pad(saturated, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+    limits = np.array(saturated.shape[::-1], np.float32)[:, None]
+    low, high = (np.fmin(np.fmax(positions + end, 0), limits).astype(np.int32) for end in (-reach, reach + 1))
+    (left, top), (right, bottom) = low, high
+    found = np.zeros(measured.shape, bool)
+    found[measured] = count[bottom, right] - count[top, right] - count[bottom, left] + count[top, left] > 0
+    return found
+
+
 def coarse_tile(
     item: PlacedTile,
     survey: TileSurvey,
@@ -144,4 +169,5 @@ def coarse_tile(
         sky=sky,
         coordinates=tile_coordinates(item, corner, number.shape, cell_px) if number.size else None,
         scale=pixel_scale(item.tile.wcs),
+        saturated=saturated_cells(item, survey.saturated, corner, number > 0, cell_px),
     )

@@ -1,4 +1,4 @@
-"""What the pixels of a tile are like: where it has data, its noise."""
+"""What the pixels of a tile are like: where it has data, its noise, where it is saturated."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from zemosaic_pipeline.arrays import median_of_sorted
 from zemosaic_pipeline.fits.tile import Tile
 from zemosaic_pipeline.resample.pixel_store import PixelStore
+from zemosaic_pipeline.resample.saturation import BAND, BrightestPixels, column_maxima
 
 #: Side in tile pixels of the cells of a weight map.
-WEIGHT_CELL = 8
+WEIGHT_CELL = BAND
 #: Side in tile pixels of the cells whose means tell the noise of smoothed pixels.
 NOISE_CELL = 4
 #: Rows read at a time by a survey.
@@ -25,36 +26,42 @@ class TileSurvey:
     """What the pixels of a tile are like.
 
     ``valid`` is bool (h, w) on cells of :data:`WEIGHT_CELL` tile pixels: the cell holds data. ``noise`` is float64
-    (C,), the standard deviation of a pixel, or, of pixels that debayering or resampling has smoothed, of independent ones
-    whose means over cells would be as noisy; ``pixels`` the number of pixels with data; ``spread`` is the difference of the highest and the lowest value.
+    (C,), the standard deviation of a pixel, or, of pixels that debayering or resampling has smoothed, of independent
+    ones whose means over cells would be as noisy; ``pixels`` the number of pixels with data; ``spread`` is the
+    difference of the highest and the lowest value. ``saturated`` is bool like ``valid``: a pixel of the cell is
+    saturated in some channel (`resample.saturation`).
     """
 
     valid: np.ndarray
     noise: np.ndarray
     pixels: int
     spread: float
+    saturated: np.ndarray
 
 
 def survey_tile(tile: Tile, store: PixelStore) -> TileSurvey:
     """Read a tile once, in strips, and see what its pixels are like."""
     height = tile.shape[0]
     strips = (store.rows(tile, y0, min(y0 + SURVEY_ROWS, height)) for y0 in range(0, height, SURVEY_ROWS))
-    return survey_strips(strips, tile.shape, tile.channels)
+    return survey_strips(strips, tile.shape, tile.channels, tile.ceilings)
 
 
-def survey_pixels(data: np.ndarray) -> TileSurvey:
-    """What pixels in memory, (C, H, W), are like."""
+def survey_pixels(data: np.ndarray, ceilings: Sequence[float] = ()) -> TileSurvey:
+    """What pixels in memory, (C, H, W), are like; ``ceilings`` as in `Tile`."""
     strips = (data[:, y0 : y0 + SURVEY_ROWS] for y0 in range(0, data.shape[1], SURVEY_ROWS))
-    return survey_strips(strips, data.shape[1:], len(data))
+    return survey_strips(strips, data.shape[1:], len(data), ceilings)
 
 
-def survey_strips(strips: Iterable[np.ndarray], shape: tuple[int, int], channels: int) -> TileSurvey:
+def survey_strips(
+    strips: Iterable[np.ndarray], shape: tuple[int, int], channels: int, ceilings: Sequence[float] = ()
+) -> TileSurvey:
     """What the strips of :data:`SURVEY_ROWS` rows each are like together, from the first row on."""
     height, width = shape
     rows, columns = -(-height // WEIGHT_CELL), -(-width // WEIGHT_CELL)
     valid = np.zeros((rows, columns), bool)
     differences: list[np.ndarray] = []
     coarse: list[np.ndarray] = []
+    bright = [BrightestPixels(width, ceilings) for _ in range(channels)]
     pixels, low, high = 0, np.inf, -np.inf
     for number, strip in enumerate(strips):
         y0 = number * SURVEY_ROWS
@@ -64,13 +71,12 @@ def survey_strips(strips: Iterable[np.ndarray], shape: tuple[int, int], channels
         if not count:
             continue
         low = min(low, float(np.fmin.reduce(strip, axis=None)))
-        high = max(high, float(np.fmax.reduce(strip, axis=None)))
+        tops = column_maxima(strip)
+        high = max(high, float(np.fmax.reduce(tops, axis=None)))
+        for channel, plane in zip(bright, tops, strict=True):
+            channel.add(plane, y0 // BAND)
         cells = valid[y0 // WEIGHT_CELL : -(-(y0 + good.shape[0]) // WEIGHT_CELL)]
-        if count == good.size:  # as most strips are
-            cells[:] = True
-        else:
-            edges = np.arange(0, good.shape[0], WEIGHT_CELL), np.arange(0, width, WEIGHT_CELL)
-            cells[:] = np.logical_or.reduceat(np.logical_or.reduceat(good, edges[0], axis=0), edges[1], axis=1)
+        cells[:] = True if count == good.size else cells_with(good)  # most strips are full
         differences.append(curvature(strip[:, :: max(height // 128, 1)]))
         coarse.append(NOISE_CELL * curvature(cells_of_bands(strip)))
     spread = float(high - low) if pixels else 0.0
@@ -79,7 +85,23 @@ def survey_strips(strips: Iterable[np.ndarray], shape: tuple[int, int], channels
     hidden = noise_of(coarse, channels, spread)
     if valid.all():  # one value instead of a map, which thousands of frames share
         valid = np.broadcast_to(np.True_, valid.shape)
-    return TileSurvey(valid, np.where(hidden > 1.25 * noise, hidden, noise), pixels, spread)
+    noise = np.where(hidden > 1.25 * noise, hidden, noise)
+    return TileSurvey(valid, noise, pixels, spread, saturated_map(bright, valid.shape))
+
+
+def cells_with(good: np.ndarray) -> np.ndarray:
+    """Cells of :data:`WEIGHT_CELL` pixels, bool (h, w), that hold one of the pixels ``good`` (H, W)."""
+    edges = [np.arange(0, length, WEIGHT_CELL) for length in good.shape]
+    return np.logical_or.reduceat(np.logical_or.reduceat(good, edges[0], axis=0), edges[1], axis=1)
+
+
+def saturated_map(bright: Sequence[BrightestPixels], shape: tuple[int, int]) -> np.ndarray:
+    """Cells of :data:`WEIGHT_CELL` pixels, bool ``shape``, that hold a saturated pixel of some channel."""
+    cells = np.zeros(shape, bool)
+    for channel in bright:
+        bands, columns = channel.saturated()
+        cells[bands, columns // WEIGHT_CELL] = True
+    return cells if cells.any() else np.broadcast_to(np.False_, shape)
 
 
 def curvature(image: np.ndarray) -> np.ndarray:

@@ -38,6 +38,7 @@ def packed_survey(facts: TileSurvey) -> bytes:
             "noise": facts.noise,
             "pixels": int(facts.pixels),
             "spread": float(facts.spread),
+            "saturated": np.packbits(facts.saturated, axis=None),
         }
     )
 
@@ -45,8 +46,11 @@ def packed_survey(facts: TileSurvey) -> bytes:
 def unpacked_survey(data: bytes) -> TileSurvey:
     found = unpack(data)
     shape = tuple(found["shape"])
-    valid = np.unpackbits(found["valid"], count=shape[0] * shape[1]).reshape(shape).astype(bool)
-    return TileSurvey(valid, found["noise"], found["pixels"], found["spread"])
+    valid, saturated = (
+        np.unpackbits(found[name], count=shape[0] * shape[1]).reshape(shape).astype(bool)
+        for name in ("valid", "saturated")
+    )
+    return TileSurvey(valid, found["noise"], found["pixels"], found["spread"], saturated)
 
 
 SURVEY = Codec(packed_survey, unpacked_survey)

@@ -68,6 +68,7 @@ _TRANSLATED = {
     "astrometry_timeout": "`solver_timeout`, where solver_settings_dict says nothing",
     "filter_overrides": "its `preplan_master_groups`: the panels",
     "filtered_header_items": "the frames that are used",
+    "final_mosaic_dbe_enabled": "`level_sky`",
     "parallel_max_cpu_workers": "upper limit of `num_processing_workers`; 0: none",
 }
 #: What the GUI's solver_settings_dict holds, and the setting that it means.
@@ -162,7 +163,7 @@ _IGNORED: dict[str, dict[str, object]] = {
         "inter_master_photometry_clip_sigma": 3.0, "inter_master_photometry_intersuper": True,
         "inter_master_photometry_intragroup": True, "inter_master_stack_method": "winsor",
     },
-    "retouching (holes filled, seams painted, background subtracted) is left to an image editor": {
+    "retouching (holes filled, seams painted) is left to an image editor": {
         "aesthetic_fits_use_patchwork": True, "aesthetic_hole_fill_blend": 0.85, "aesthetic_hole_fill_enabled": True,
         "aesthetic_hole_fill_max_radius_px": 96, "aesthetic_hole_fill_only_near_seams": True,
         "aesthetic_hole_fill_protect_stars_details": True, "aesthetic_profile_preset": "strong",
@@ -174,8 +175,10 @@ _IGNORED: dict[str, dict[str, object]] = {
         "visual_seam_heal_multiscale_mid_gain": 0.35, "visual_seam_heal_multiscale_mid_rel_scale": 0.7,
         "visual_seam_heal_multiscale_mid_sigma_scale": 0.6, "visual_seam_heal_seam_sigma": 2.5,
         "visual_seam_heal_sigma_large": 96.0, "visual_seam_heal_sigma_small": 24.0, "visual_seam_heal_strength": 0.45,
-        "final_mosaic_dbe_enabled": True, "final_mosaic_dbe_obj_dilate_px": 3, "final_mosaic_dbe_obj_k": 3.0,
-        "final_mosaic_dbe_sample_step": 24, "final_mosaic_dbe_smoothing": 0.6, "final_mosaic_dbe_strength": "normal",
+    },
+    "`level_sky` subtracts a plane, with nothing to choose: a curved background would take nebulae with it": {
+        "final_mosaic_dbe_obj_dilate_px": 3, "final_mosaic_dbe_obj_k": 3.0, "final_mosaic_dbe_sample_step": 24,
+        "final_mosaic_dbe_smoothing": 0.6, "final_mosaic_dbe_strength": "normal",
     },
     "output names are fixed; which files are written follows from the settings above": {
         "aesthetic_fits_suffix": "_aesthetic", "scientific_fits_suffix": "_science", "export_aesthetic_fits": True,
@@ -241,6 +244,9 @@ def translate(mapping: Mapping[str, Any], values: dict[str, Any], source: str, r
     use_gpu = read("use_gpu_phase5", "bool", None)
     if use_gpu is not None:
         values.setdefault("gpu", "auto" if use_gpu else "off")
+    level_sky = read("final_mosaic_dbe_enabled", "bool", None)
+    if level_sky is not None:
+        values.setdefault("level_sky", level_sky)
     _read_solver_settings(mapping, values, source, rows)
     level = read("worker_logging_level", "choice", None, choices=rows["logging_level"].choices)
     if level is not None and values.get("logging_level", "INFO") == "INFO":

@@ -336,6 +336,12 @@ class Settings:
     two_pass_cov_gain_clip: tuple[float, float] = setting(
         (0.85, 1.18), "range of the gains of that pass", kind="gain range", low=0.01, high=100, acts_in=("aesthetic",)
     )
+    level_sky: bool = setting(
+        False,
+        "aesthetic mosaic: subtract a plane per channel, laid through the darkest places",
+        ours=True,
+        acts_in=("aesthetic",),
+    )
     final_mosaic_rgb_equalize_enabled: bool = setting(
         False, "aesthetic mosaic: balance the channels", acts_in=("aesthetic",)
     )
