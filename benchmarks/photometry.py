@@ -27,6 +27,7 @@ import photometry_judge as judging
 import photometry_scenes as scenes
 
 from zemosaic_photometry import compute_photometric_gains_and_offsets
+from zemosaic_pipeline.overlaps.gradients import orthonormal, polynomial_terms
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation
 
 FIGURES = ("sky", "star", "colour", "low", "low_q", "seam")
@@ -88,20 +89,49 @@ def table(results: Sequence[dict], strict: bool = False) -> Iterator[str]:
 
 
 def solve_seconds(tiles: int = 200, pairs: int = 6500, channels: int = 3, seed: int = 1) -> float:
-    """Time to solve many given pairs of consistent relations."""
+    """Time to solve many given pairs of tiles with gradients: squares of one size that lie anywhere on each other."""
     rng = np.random.default_rng(seed)
     gain = rng.normal(0, 0.15, (tiles, channels))
+    terms = rng.normal(0, [10.0, 1.5, 1.5, 0.3, 0.3, 0.3], (tiles, channels, 6))
     blank = CoarseTile("tile", (0, 0), np.zeros((channels, 1, 1)), np.ones((1, 1)), *np.ones((3, channels)))
     relations = []
-    for i, j in rng.permutation(np.stack(np.triu_indices(tiles, 1), axis=1))[:pairs]:
+    for i, j in rng.permutation(np.stack(np.triu_indices(tiles, 1), axis=1))[:pairs].tolist():
+        modes_i, modes_j = modes_of_squares(rng.uniform(-1.0, 1.0, 2))
         error = rng.uniform(1e-3, 1e-2, channels)
-        ratio = gain[i] - gain[j] + rng.normal(0, error)
-        one = np.ones(channels)
-        mean_j = rng.normal(0, 0.1, channels)
-        relations.append(PairRelation(int(i), int(j), ratio, error, one, 1000, 0 * one, mean_j, 0.1 * one, 0 * one))
+        relations.append(
+            PairRelation(
+                i,
+                j,
+                log_ratio=gain[i] - gain[j] + rng.normal(0, error),
+                log_ratio_se=error,
+                stars=np.full(channels, 100.0),
+                star_scatter=np.full(channels, 0.01),
+                star_noise=np.full(channels, 0.01),
+                scatter=np.ones(channels),
+                samples=1000,
+                smooth_i=np.exp(gain[i])[:, None] * (terms[i] @ modes_i.T + rng.normal(0, 0.02, (channels, 6))),
+                smooth_j=np.exp(gain[j])[:, None] * (terms[j] @ modes_j.T),
+                smooth_se=np.full(channels, 0.02),
+                modes_i=modes_i,
+                modes_j=modes_j,
+                step_before=np.zeros(channels),
+            )
+        )
     start = time.perf_counter()
     compute_photometric_gains_and_offsets([blank] * tiles, pairs=relations)
     return time.perf_counter() - start
+
+
+def modes_of_squares(shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The modes (6, 6) of the overlap of two squares, of both polynomials; the second is shifted by so much of -1..1."""
+    y, x = (at.ravel() for at in np.mgrid[-1:1:20j, -1:1:20j])
+    inside = (np.abs(y - shift[0]) <= 1) & (np.abs(x - shift[1]) <= 1)
+    first, second = (
+        np.stack(polynomial_terms(x[inside] - dx, y[inside] - dy, (1.0, 1.0), 2)) for dy, dx in ((0.0, 0.0), shift)
+    )
+    weight = np.full(first.shape[1], 1.0 / first.shape[1])
+    modes = orthonormal(first, weight)
+    return (modes * weight) @ first.T, (modes * weight) @ second.T
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

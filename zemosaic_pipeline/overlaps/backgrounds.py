@@ -12,6 +12,7 @@ of squares of its coefficients over the number of them that the data determine.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,7 +29,9 @@ LEAST_SIZE, GREATEST_SIZE = 1e-2, 1e4
 #: the overlaps cannot tell one from the other.
 CURVATURE_SHARE, SHARE_SPREAD = 0.3, 1.0
 #: Change of the logarithm of a size, at most, in one step, and where the steps end.
-LARGEST_CHANGE, SMALL_CHANGE = 1.5, 0.01
+LARGEST_CHANGE, SMALL_CHANGE = 1.5, 0.02
+#: Relative change of the pairs' residuals where they end.
+SMALL_RESIDUAL = 0.02
 #: Share of the typical information that keeps the level of a group of tiles solvable; the gauge is set afterwards.
 RIDGE = 1e-9
 #: Most unknowns whose inverse is computed in full, and vectors that estimate the inverse of more.
@@ -61,6 +64,13 @@ class Measured:
     modes_j: np.ndarray
     camera: np.ndarray
 
+    @cached_property
+    def pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, columns and values (P, 2 M, 2 M) of each pair's part of the normal equations, for a weight of 1."""
+        at, both = unknowns_of_pairs(self)
+        rows, columns = np.broadcast_arrays(at[:, :, None], at[:, None, :])
+        return rows.ravel(), columns.ravel(), np.swapaxes(both, 1, 2) @ both
+
     @property
     def terms(self) -> int:
         return self.difference.shape[2]
@@ -85,32 +95,55 @@ class Backgrounds:
 
 
 def solve_backgrounds(measured: Measured) -> Backgrounds:
-    """The likeliest polynomials, from the start of the sizes that leads to the greater evidence."""
-    if measured.terms == 1:
-        return from_start(measured, np.array([]))
-    kinds = 2 if measured.terms > 3 else 1
-    starts = [np.array(start[:1] if kinds == 1 else start) for start in STARTS]
-    return max((from_start(measured, start) for start in starts), key=lambda found: found.evidence)
+    """The likeliest polynomials: those of the start of the sizes that leads to the greater evidence."""
+    kinds = {1: 0, 3: 1, 6: 3}[measured.terms]
+    weights = PairWeights(np.ones(len(measured.i)), 1.0)
+    best, weights = from_start(measured, np.array(STARTS[0][:kinds]), weights, HUBER_STEPS)
+    for start in STARTS[1:] if kinds else ():
+        # the pairs have been weighed; only the sizes start afresh
+        other, _ = from_start(measured, np.array(start[:kinds]), weights, 0)
+        best = max(best, other, key=lambda found: found.evidence)
+    return best
 
 
-def from_start(measured: Measured, sizes: np.ndarray) -> Backgrounds:
+@dataclass(frozen=True)
+class PairWeights:
+    """The share (P,) of its weight that each pair keeps, and how much worse than they say pairs agree (a variance)."""
+
+    robust: np.ndarray
+    spread: float
+
+    @property
+    def share(self) -> np.ndarray:
+        return self.robust / self.spread
+
+
+def from_start(
+    measured: Measured, sizes: np.ndarray, weights: PairWeights, huber_steps: int
+) -> tuple[Backgrounds, PairWeights]:
     """Solve, weigh the pairs, and improve the sizes, in turn, until none of them changes."""
-    robust, spread = np.ones(len(measured.i)), 1.0
     residual = np.zeros(len(measured.i))
     for step in range(MOST_STEPS):
-        system = System(measured, measured.weight * robust / spread, sizes)
+        system = System(measured, measured.weight * weights.share, sizes)
         z = system.solve(system.right)
         polynomials = system.polynomials(z)
-        change = size_changes(system, z, sizes)
+        change = size_changes(system, z)
         before, residual = residual, pair_residuals(measured, polynomials)
-        spread = max(1.0, float(np.median(residual))) if len(residual) else 1.0
-        u2 = residual / (9.0 * spread)
-        robust = 1 / np.sqrt(np.maximum(u2, 1.0)) if step < HUBER_STEPS else 1 / (1 + u2)
-        still = np.max(np.abs(residual - before) / (1.0 + residual), initial=0.0) < SMALL_CHANGE
-        if step > HUBER_STEPS and still and np.max(np.abs(change), initial=0.0) < SMALL_CHANGE:
+        still = np.max(np.abs(residual - before) / (1.0 + residual), initial=0.0) < SMALL_RESIDUAL
+        if step > huber_steps and still and np.max(np.abs(change), initial=0.0) < SMALL_CHANGE:
             break
         sizes = np.clip(sizes * np.exp(change), LEAST_SIZE, GREATEST_SIZE)
-    return Backgrounds(polynomials, system.sizes, evidence(system, z, residual, robust / spread), system)
+        weights = weighed(residual, step < huber_steps)
+    found = Backgrounds(polynomials, system.sizes, evidence(system, z, residual, weights.share), system)
+    return found, weights
+
+
+def weighed(residual: np.ndarray, huber: bool) -> PairWeights:
+    """Weights from the pairs' mean squares (P,): Huber's, which lead to one solution from anywhere, or Cauchy's, which
+    leave a pair that the others contradict none."""
+    spread = max(1.0, float(np.median(residual))) if len(residual) else 1.0
+    u2 = residual / (9.0 * spread)
+    return PairWeights(1 / np.sqrt(np.maximum(u2, 1.0)) if huber else 1 / (1 + u2), spread)
 
 
 class System:
@@ -127,7 +160,8 @@ class System:
         self.common = sizes[-1] * common_columns(measured.camera) if terms > 3 else np.zeros((tiles * terms, 0))
         ridge = RIDGE * (float(np.mean(weight)) if len(weight) else 1.0)
         self.prior = np.tile(np.append(ridge, np.ones(terms - 1)), tiles)
-        rows, columns, values = normal_matrix(measured, weight)
+        rows, columns, pieces = measured.pieces
+        values = (weight[:, None, None] * pieces).ravel()
         self.right = self._inward(normal_pull(measured, weight))
         every = np.arange(len(self.prior))
         self.solve_tiles = Factorised(
@@ -209,14 +243,6 @@ def unknowns_of_pairs(measured: Measured) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([first, second], axis=1), np.concatenate([measured.modes_i, -measured.modes_j], axis=2)
 
 
-def normal_matrix(measured: Measured, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, columns and values, to be added up, of the normal equations' matrix (K M, K M)."""
-    at, both = unknowns_of_pairs(measured)
-    blocks = weight[:, None, None] * (np.swapaxes(both, 1, 2) @ both)
-    rows, columns = np.broadcast_arrays(at[:, :, None], at[:, None, :])
-    return rows.ravel(), columns.ravel(), blocks.ravel()
-
-
 def normal_pull(measured: Measured, weight: np.ndarray) -> np.ndarray:
     """Right sides (K M, C) of the normal equations."""
     at, both = unknowns_of_pairs(measured)
@@ -225,8 +251,9 @@ def normal_pull(measured: Measured, weight: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(at.ravel(), pulls[:, c].ravel(), size) for c in range(pulls.shape[1])], axis=1)
 
 
-def size_changes(system: System, z: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def size_changes(system: System, z: np.ndarray) -> np.ndarray:
     """Changes of the logarithms of the sizes that lead towards the greatest marginal likelihood."""
+    sizes = system.sizes
     if not len(sizes):
         return np.zeros(0)
     inverse = system.inverse_diagonal()
