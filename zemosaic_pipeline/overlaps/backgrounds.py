@@ -30,6 +30,8 @@ LEAST_SIZE, GREATEST_SIZE = 1e-2, 1e4
 CURVATURE_SHARE, SHARE_SPREAD = 0.3, 1.0
 #: Change of the logarithm of a size, at most, in one step, and where the steps end.
 LARGEST_CHANGE, SMALL_CHANGE = 1.5, 0.02
+#: Least share of the differences' squares that may be taken for noise alone: of one overlap nothing is left.
+LEAST_FREEDOM = 0.25
 #: Relative change of the pairs' residuals where they end.
 SMALL_RESIDUAL = 0.02
 #: Share of the typical information that keeps the level of a group of tiles solvable; the gauge is set afterwards.
@@ -133,15 +135,18 @@ def from_start(
         if step > huber_steps and still and np.max(np.abs(change), initial=0.0) < SMALL_CHANGE:
             break
         sizes = np.clip(sizes * np.exp(change), LEAST_SIZE, GREATEST_SIZE)
-        weights = weighed(residual, step < huber_steps)
+        weights = weighed(residual, system.freedom, step < huber_steps)
     found = Backgrounds(polynomials, system.sizes, evidence(system, z, residual, weights.share), system)
     return found, weights
 
 
-def weighed(residual: np.ndarray, huber: bool) -> PairWeights:
+def weighed(residual: np.ndarray, freedom: float, huber: bool) -> PairWeights:
     """Weights from the pairs' mean squares (P,): Huber's, which lead to one solution from anywhere, or Cauchy's, which
-    leave a pair that the others contradict none."""
-    spread = max(1.0, float(np.median(residual))) if len(residual) else 1.0
+    leave a pair that the others contradict none.
+
+    ``freedom`` is the share of the squares that the polynomials leave.
+    """
+    spread = max(1.0, float(np.median(residual)) / max(freedom, LEAST_FREEDOM)) if len(residual) else 1.0
     u2 = residual / (9.0 * spread)
     return PairWeights(1 / np.sqrt(np.maximum(u2, 1.0)) if huber else 1 / (1 + u2), spread)
 
@@ -195,6 +200,21 @@ class System:
             return np.diag(self.solve(np.eye(count)))
         probes = np.random.default_rng(0).choice([-1.0, 1.0], (count, PROBES))
         return np.mean(probes * self.solve(probes), axis=1)
+
+    @cached_property
+    def determined(self) -> np.ndarray:
+        """How many of the unknowns of each kind the overlaps determine."""
+        if not len(self.sizes):
+            return np.zeros(0)
+        inverse = self.inverse_diagonal()
+        return np.array([len(kind) - np.sum(inverse[kind]) for kind in self.kinds()])
+
+    @property
+    def freedom(self) -> float:
+        """Share of the differences' squares that the polynomials leave."""
+        measured = self.measured
+        levels = len(np.unique([measured.i, measured.j])) - 1
+        return 1.0 - (levels + np.sum(self.determined)) / max(len(measured.i) * measured.terms, 1)
 
     def log_determinant(self) -> float:
         return self.solve_tiles.log_determinant + float(np.linalg.slogdet(self.corner)[1])
@@ -254,12 +274,8 @@ def normal_pull(measured: Measured, weight: np.ndarray) -> np.ndarray:
 def size_changes(system: System, z: np.ndarray) -> np.ndarray:
     """Changes of the logarithms of the sizes that lead towards the greatest marginal likelihood."""
     sizes = system.sizes
-    if not len(sizes):
-        return np.zeros(0)
-    inverse = system.inverse_diagonal()
-    channels = z.shape[1]
     squares = np.array([np.sum(z[kind] ** 2) for kind in system.kinds()])
-    determined = np.array([channels * (len(kind) - np.sum(inverse[kind])) for kind in system.kinds()])
+    determined = z.shape[1] * system.determined
     if len(sizes) > 1:
         pull = (np.log(sizes[1] / sizes[0]) - np.log(CURVATURE_SHARE)) / SHARE_SPREAD**2
         squares[0] += max(pull, 0)

@@ -450,13 +450,12 @@ def scatter_of_stars(
     squares = np.maximum(np.sum(weight**2, axis=1), 1e-300)
     total = np.maximum(np.sum(weight, axis=1), 1e-300)
     number = total**2 / squares
-    correlated = max(CORRELATED_CELLS / (overlap.step[0] * overlap.step[1]), 1.0)
     limit = np.full((len(weight), 1), 1e6)
     for _ in range(5):
         kept = np.clip(pulled, -limit * weight, limit * weight)
         scatter = np.sqrt(np.sum(kept**2, axis=1) / squares)
         limit = 3.0 * scatter[:, None]
-    return number, scatter, np.sqrt(correlated * number / total)
+    return number, scatter, np.sqrt(correlated_cells(overlap) * number / total)
 
 
 def hills(image: np.ndarray) -> np.ndarray:
@@ -478,6 +477,11 @@ def hills(image: np.ndarray) -> np.ndarray:
         if np.array_equal(further, up):
             return up.reshape(height, width)
         up = further
+
+
+def correlated_cells(overlap: Overlap) -> float:
+    """The number of cells that enter the fit and that smoothing correlates with one another."""
+    return max(CORRELATED_CELLS / (overlap.step[0] * overlap.step[1]), 1.0)
 
 
 def star_leverage(information: np.ndarray, overlap: Overlap) -> np.ndarray:

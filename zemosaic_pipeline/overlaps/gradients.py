@@ -21,6 +21,7 @@ from zemosaic_pipeline.overlaps.errors_in_variables import (
     Fit,
     Overlap,
     clustered_deviation,
+    correlated_cells,
     deviation,
     median,
     noise_of_difference,
@@ -137,7 +138,10 @@ def smooth_difference(overlap: Overlap, fit: Fit, terms_x: np.ndarray, terms_y: 
         if step == SKY_STEPS or np.max(np.abs(residual - before)[:, some]) < small:
             break
     share = weight / total
-    error = clustered_deviation(share * sigma * residual, overlap)
+    influence = share * sigma * residual
+    # the taper of the former leaves out a part of the correlation that smoothing is known to make
+    known = np.sqrt(correlated_cells(overlap) * np.sum(influence**2, axis=1))
+    error = np.maximum(clustered_deviation(influence, overlap), known)
     return SmoothDifference(
         (fit.x * share) @ modes.T,
         (fit.y * share) @ modes.T,
