@@ -33,6 +33,13 @@ def test_gain_se_limit(run):
     assert not any("gain_undetermined" in text for text in run().report["warnings"])
 
 
+def test_gradient_order(run):
+    none, planes, curved = (run(gradient_order=n).per_tile("gradient") for n in (0, 1, 2))
+    assert not none.any()
+    assert planes[:, :, :2].any() and not planes[:, :, 2:].any()
+    assert curved[:, :, 2:].any()
+
+
 def test_reject_bad_tiles(run):
     without, with_it = run("bad"), run("bad", reject_bad_tiles=False)
     assert len(without.report["tiles"]) == 3 and len(with_it.report["tiles"]) == 4

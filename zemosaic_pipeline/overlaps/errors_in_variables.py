@@ -531,9 +531,11 @@ def smooth_columns(used: np.ndarray, order: int) -> np.ndarray:
 
 
 def needs_gradient(smooth: np.ndarray, design: np.ndarray, model: Model) -> bool:
-    """Whether the residuals show what the smooth columns (m, n) would take out, all channels together.
+    """Whether the residuals may hold what the smooth columns (m, n) would take out, all channels together.
 
-    The improvement of chi square by a column of pure noise is about 1, times the cells that smoothing correlates.
+    The improvement of chi square by a column of pure noise is about 1, times the cells that smoothing correlates, of
+    which this is the upper bound. A gradient too small to be certain would still pass for the nebula's: in doubt the
+    columns stay.
     """
     residual = (model.rows @ design)[:, 0]
     columns = smooth - (smooth @ model.weight / np.sum(model.weight))[:, None]
@@ -542,7 +544,7 @@ def needs_gradient(smooth: np.ndarray, design: np.ndarray, model: Model) -> bool
     gram[np.diag_indices(len(gram))] += 1e-12 * np.trace(gram) + 1e-300
     gain = float(np.sum(pull * np.linalg.solve(gram, pull)))
     degrees = pull.size
-    return gain > CORRELATED_CELLS * (degrees + 5 * np.sqrt(2 * degrees))
+    return gain > CORRELATED_CELLS * (degrees - np.sqrt(2 * degrees))
 
 
 def in_units(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
