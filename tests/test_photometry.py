@@ -391,6 +391,99 @@ def test_constant_tiles_stay_constant():
         assert cells == pytest.approx(np.full_like(cells, 500.0), rel=1e-6)
 
 
+def tilted_grid(seed=1, slope=5.0, sky=None, **more):
+    """As `tile_grid`, with planes (rise of ``slope`` times the noise of a pixel, rms) added, and these (K, C, 5)."""
+    tiles, gain, offset = tile_grid(seed, sky=sky, **more)
+    rng = np.random.default_rng(seed + 2000)
+    planes = np.zeros((len(tiles), 3, 5))
+    planes[:, :, :2] = rng.normal(0, slope * 4 * NOISE / 2, planes[:, :, :2].shape) / np.sqrt(2)
+    u = (np.arange(60) - 29.5) / 30
+    tilted = [
+        replace(t, means=t.means + (p[:, 0, None, None] * u + p[:, 1, None, None] * u[:, None]).astype(np.float32))
+        for t, p in zip(tiles, planes, strict=True)
+    ]
+    return tilted, gain, offset, planes
+
+
+def sky_error(solution, tiles, sky, gain):
+    """Normalised cells of all tiles less the sky in the mosaic's own scale, in the noise of a pixel: (K, C, h, w)."""
+    scale = np.exp(np.log(gain / solution.gain).mean(axis=0))[:, None, None]
+    size = tiles[0].means.shape[1:]
+    error = [
+        cells - scale * sky[:, t.corner[0] : t.corner[0] + size[0], t.corner[1] : t.corner[1] + size[1]]
+        for t, cells in zip(tiles, normalised(solution, tiles), strict=True)
+    ]
+    error = np.array(error) / (4 * NOISE)
+    return error - np.median(error, axis=(0, 2, 3))[:, None, None]
+
+
+def without_quadratic(error, tiles):
+    """Medians (C, 9 K) over ninths of the tiles, one quadratic over the whole mosaic taken out of each channel."""
+    parts = error.reshape(*error.shape[:2], 3, 20, 3, 20)
+    medians = np.median(parts, axis=(3, 5))
+    y, x = (
+        np.array([t.corner[axis] for t in tiles])[:, None, None] + 20 * np.arange(3).reshape((3, 1) if axis == 0 else 3)
+        for axis in (0, 1)
+    )
+    y, x = ((at - 60) / 60 for at in np.broadcast_arrays(y, x))
+    columns = np.stack([np.ones(y.shape), y, x, y * y, x * y, x * x], axis=-1).reshape(-1, 6)
+    out = []
+    for c in range(error.shape[1]):
+        values = medians[:, c].reshape(-1)
+        out.append(values - columns @ np.linalg.lstsq(columns, values, rcond=None)[0])
+    return np.array(out)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 20.0])
+def test_planes_in_the_tiles_leave_the_mosaic_but_for_a_quadratic_over_it(slope):
+    sky = sky_cells((195, 195))
+    tiles, gain, _, _ = tilted_grid(slope=slope, sky=sky)
+    solution = compute_photometric_gains_and_offsets(tiles)
+    assert np.abs(gain_errors(solution, gain)).max() < 0.005
+    assert solution.has_gradients == (slope > 0)
+    assert np.abs(without_quadratic(sky_error(solution, tiles, sky, gain), tiles)).max() < 0.15
+    levels = compute_photometric_gains_and_offsets(tiles, PhotometryOptions(gradient_order=0))
+    if slope:
+        assert np.abs(without_quadratic(sky_error(levels, tiles, sky, gain), tiles)).max() > 0.3 * slope
+    assert not levels.gradient.any()
+
+
+def test_the_order_of_gradients_is_what_is_asked_for():
+    tiles, _, _, planes = tilted_grid()
+    one, two = (compute_photometric_gains_and_offsets(tiles, PhotometryOptions(gradient_order=n)) for n in (1, 2))
+    assert one.gradient[:, :, :2].any() and not one.gradient[:, :, 2:].any() and len(one.gradient_sizes) == 1
+    assert two.gradient[:, :, 2:].any() and len(two.gradient_sizes) == 3
+    for found in (one, two):
+        assert np.corrcoef(found.gradient[:, :, :2].ravel(), planes[:, :, :2].ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("radius", [25, 60])
+def test_a_nebula_is_no_gradient(radius):
+    """A disc within a tile, or larger than one, that ends in the midst of others."""
+    y, x = np.mgrid[:195, :195] - 75
+    disc = gaussian_filter((np.hypot(y, x) < radius) * 20.0 * 4 * NOISE, 1)
+    plain = sky_cells((195, 195), nebula=20.0)
+    for slope in (0.0, 5.0):
+        tiles, gain, _, _ = tilted_grid(slope=slope, sky=plain)
+        bright, *_ = tilted_grid(slope=slope, sky=plain + disc)
+        errors = [
+            without_quadratic(sky_error(compute_photometric_gains_and_offsets(t), t, s, gain), t)
+            for t, s in ((tiles, plain), (bright, plain + disc))
+        ]
+        assert np.sqrt(np.mean((errors[1] - errors[0]) ** 2)) < 0.02
+        assert np.abs(errors[1] - errors[0]).max() < 0.1
+
+
+def test_a_lone_tile_has_no_gradient():
+    sky = sky_cells((60, 300))
+    boxes = [(0, 60, 0, 60), (0, 60, 45, 105), (0, 60, 200, 260)]
+    tiles = [coarse(sky, box, seed=k, name=f"tile{k}") for k, box in enumerate(boxes)]
+    ramp = np.linspace(0, 300, 60, dtype=np.float32)
+    tiles = [replace(t, means=t.means + (-1) ** k * ramp) for k, t in enumerate(tiles)]
+    solution = compute_photometric_gains_and_offsets(tiles)
+    assert solution.gradient[:2].any() and not solution.gradient[2].any()
+
+
 def test_offsets_only():
     tiles, _, offset = tile_grid(1, gain_sigma=0.0)
     solution = compute_photometric_gains_and_offsets(tiles, PhotometryOptions(match_gain=False))
@@ -448,6 +541,27 @@ def test_identity_solution_changes_nothing():
     np.testing.assert_array_equal(
         apply_photometric_normalization(data, same.gain[0], same.pivot[0], same.level[0]), data
     )
+
+
+@given(st.lists(st.floats(-50, 50), min_size=15, max_size=15), st.integers(1, 8), st.sampled_from([(9, 5), (6, 14)]))
+def test_rows_of_a_tile_lose_the_gradient_of_the_whole(numbers, cut, shape):
+    """Against the polynomial written out pixel by pixel; cut into rows as the whole."""
+    gradient = np.reshape(numbers, (3, 5))
+    data = np.zeros((3, *shape))
+    half = max(shape) / 2
+    for (c, y, x), _ in np.ndenumerate(data):
+        u, v = (x - (shape[1] - 1) / 2) / half, (y - (shape[0] - 1) / 2) / half
+        squares = u * u - (shape[1] / 2 / half) ** 2 / 3, v * v - (shape[0] / 2 / half) ** 2 / 3
+        data[c, y, x] = np.dot(gradient[c], [u, v, squares[0], u * v, squares[1]])
+    gain, zero = [2.0, 0.5, 1.0], [0.0] * 3
+    whole = apply_photometric_normalization(data, gain, zero, [7.0] * 3, gradient)
+    assert whole == pytest.approx(np.full_like(data, 7.0), abs=1e-9)
+    cut = min(cut, shape[0] - 1)
+    parts = [
+        apply_photometric_normalization(data[:, a:b], gain, zero, [7.0] * 3, gradient, first_row=a, height=shape[0])
+        for a, b in ((0, cut), (cut, shape[0]))
+    ]
+    assert np.concatenate(parts, axis=1) == pytest.approx(whole, abs=1e-12)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))

@@ -40,6 +40,20 @@ def test_normalisation_stays_in_its_namespace(xp, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_normalisation_with_a_gradient_is_the_same_in_every_namespace(xp, dtype):
+    rng = np.random.default_rng(5)
+    data = rng.normal(1200, 40, (3, 17, 11)).astype(dtype)
+    gradient = rng.normal(0, 30, (3, 5))
+    row = ([0.8, 1.3, 2.0], [1190.0, 1210.0, 1e3], [900.0, 950.0, -7.0], gradient)
+    array = xp.to(data)
+    result = apply_photometric_normalization(array, *row, first_row=4, height=40)
+    assert_same_home(result, array, array.dtype)
+    expected = apply_photometric_normalization(data, *row, first_row=4, height=40)
+    assert np.array_equal(xp.back(result), expected)
+    assert np.abs(expected - apply_photometric_normalization(data, *row[:3])).max() > 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_coverage_scale_stays_in_its_namespace(xp, dtype):
     rng = np.random.default_rng(4)
     coverage = np.clip(rng.integers(-2, 6, (20, 14)), 0, None).astype(dtype)
