@@ -113,6 +113,25 @@ def test_panels_that_agree_come_out_unchanged():
     assert np.median(matched / plain, axis=0) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("change", "low_q", "star"),
+    [
+        ({"plane": 5.0}, 0.15, 1.0),
+        ({"plane": 3.0, "sip": True, "rotation_deg": 10.0, "nan_border": 8}, 0.15, 1.0),
+        ({"plane": 3.0, "pixel_scales": (0.75, 1.5)}, 0.2, 1.5),
+    ],
+    ids=["planes", "distorted", "scales"],
+)
+def test_gradients_leave_the_mosaic(change, low_q, star):
+    """A small scene has few stars; the benchmark's margins are those of nine larger panels."""
+    case = scenes.Case(replace(SMALL, **change), stars=STARS)
+    result = bench.run_case("small", case, seed=4)
+    assert not result["warnings"]
+    assert result["ours"]["low_q"] < low_q and result["excess"]["seam"] < 0.15
+    assert result["excess"]["star"] < star
+    assert result["ours"]["low"] < 2.5 * case.layout.plane * result["stated"] + 0.1
+
+
 def test_two_islands_and_a_lone_panel():
     scene = scenes.make_scene(replace(SMALL, columns=3, rows=1, gap_after_column=1), seed=2, stars=800)
     solution = compute_photometric_gains_and_offsets(scene.coarse)

@@ -310,8 +310,8 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def panels(tmp_path_factory):
-    """A folder of four panels with different gains and backgrounds."""
-    layout = Layout(2, 2, (64, 80), overlap=0.4, noise=2.0, gain_sigma=0.3)
+    """A folder of four panels with different gains, backgrounds and gradients."""
+    layout = Layout(2, 2, (64, 80), overlap=0.4, noise=2.0, gain_sigma=0.3, plane=10.0, curvature=2.0)
     folder = tmp_path_factory.mktemp("panels")
     write_panels(make_panels(layout, make_sky(mosaic_shape(layout), stars=300)), folder)
     return folder
@@ -328,6 +328,16 @@ def run(panels, tmp_path):
         return images, (folder / "zemosaic_worker.log").read_text().splitlines()
 
     return once
+
+
+def test_gains_and_gradients_are_those_of_the_cpu_to_the_bit(card, panels, tmp_path):
+    tiles = [
+        run_hierarchical_mosaic(panels, tmp_path / gpu, gpu=gpu, **EVERYTHING).report["tiles"] for gpu in ("off", "on")
+    ]
+    assert card.threads["resample"]
+    for one, other in zip(*tiles, strict=True):
+        for key in ("gain", "level", "gradient"):
+            assert np.array_equal(one[key], other[key]) and np.any(one["gradient"])
 
 
 def test_a_second_pass_and_balance_start_from_normalised_tiles(card, run):

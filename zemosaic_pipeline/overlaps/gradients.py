@@ -72,8 +72,12 @@ def fit_coordinates(
 ) -> TileCoordinates:
     """Coordinates of a tile of ``shape`` (H, W) from its pixels x and y (n,) at some cells (n,) of its window."""
     half = max(shape) / 2
-    good = np.isfinite(x) & np.isfinite(y)
-    uv = np.stack([x - (shape[1] - 1) / 2, y - (shape[0] - 1) / 2])[:, good] / half
+    uv = np.stack([x - (shape[1] - 1) / 2, y - (shape[0] - 1) / 2]) / half
+    # far outside the tile a distortion may be anything
+    good = (np.abs(uv) < 1.05 * np.array([[shape[1]], [shape[0]]]) / 2 / half).all(axis=0)
+    if np.count_nonzero(good) < 2 * len(CUBIC):
+        good = np.isfinite(uv).all(axis=0)
+    uv = uv[:, good]
     found = np.linalg.lstsq(cubic_terms(rows[good], columns[good], size).T, uv.T, rcond=1e-9)[0]
     return TileCoordinates(found.T, size, (shape[0] / 2 / half, shape[1] / 2 / half))
 

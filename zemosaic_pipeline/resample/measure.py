@@ -19,7 +19,7 @@ from zemosaic_pipeline.sky import pixel_scale
 #: Rows of the output measured at a time.
 STRIP = 2048
 #: Cells along each axis from which a tile's coordinates are made.
-COORDINATE_SAMPLES = 12
+COORDINATE_SAMPLES = 16
 #: Cells beyond its own that a pixel reaches, by the smoothing with (1 2 1) of the fits; what the spline of a sample
 #: carries further is little, and the survey's cells are wider than a star.
 CELLS_REACHED = 1.0
