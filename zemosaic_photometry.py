@@ -4,26 +4,30 @@ Sequence of Phase 5, the same on both backends
 ----------------------------------------------
 1. *Measure.* Every tile is resampled onto one coarse grid of cells (means over ``photometry_cell_px`` squared output
    pixels): a :class:`CoarseTile`. (`resample.measure.measure_tile`)
-2. *Solve.* :func:`compute_photometric_gains_and_offsets`: pair relations in the overlaps (:func:`pair_relation`),
-   then one global robust least squares for the gains and one for the offsets -> :class:`PhotometricSolution`. On the
-   CPU in both modes, so that the gains are bit-identical.
+2. *Solve.* :func:`compute_photometric_gains_and_offsets`: pair relations in the overlaps (`overlaps.pairs`), then one
+   global robust least squares for the gains (`overlaps.gains`) and one for levels and gradients together
+   (`overlaps.backgrounds`) -> :class:`PhotometricSolution`. On the CPU in both modes, so that it is bit-identical.
 3. *Coadd.* Each tile is normalised with :func:`apply_photometric_normalization` as it is read, for both backends alike,
    then resampled, weighted and combined block by block: the science mosaic. (`resample.coadd.coadd_block`)
 4. *Coverage renormalisation*, if asked for: :func:`coverage_scale`, :func:`coverage_gain` and
    :func:`relative_coverage_gains` on the coverage of step 3, then a second coadd.
-5. *RGB balance and black point*, if asked for: :func:`rgb_balance_gains`, :func:`black_point`. Steps 4 and 5 make the
-   aesthetic mosaic and never touch the science one.
+5. *Level sky, RGB balance and black point*, if asked for: a plane a channel (`phases.phase5_sky_plane`),
+   :func:`rgb_balance_gains`, :func:`black_point`. Steps 4 and 5 make the aesthetic mosaic and never touch the science
+   one; the preview shows them.
 
 Model
 -----
-Tile k, channel c, sky position p: ``y = g_kc S_c(p) + o_kc + noise``. The normalised tile is
-``C = (y - pivot) / g + level``: the gain acts about the tile's own sky (the pivot), so that limiting a gain cannot
-move the sky. The derivation and its limits stand in docs/photometry.md.
+Tile k, channel c, sky position p, place (u, v) on the tile: ``y = g_kc S_c(p) + o_kc + G_kc(u, v) + noise`` with G a
+polynomial of the second order and of mean 0 over the tile. The normalised tile is ``C = (y - pivot - G) / g + level``:
+the gain acts about the tile's own sky (the pivot), so that limiting a gain cannot move the sky. The derivation and its
+limits stand in docs/photometry.md.
 
 Limitations
 -----------
-One gain and one offset per tile and channel: gradients within a tile stay. Tiles whose overlap has no structure keep
-gain 1. The absolute scale is the geometric mean of the tiles' own, the absolute background their median.
+A plane over the whole mosaic, and weakly a quadratic, show in no overlap: priors keep the mean slope of the tiles, and
+``sky_error`` says how well the sky is known. One gain per tile and channel: vignetting that a flat has left stays in the
+stars' fluxes. Tiles whose overlaps have no structure keep gain 1. The absolute scale is the geometric mean of the
+tiles' own, the absolute background their median.
 """
 
 from __future__ import annotations
