@@ -544,7 +544,7 @@ def needs_gradient(smooth: np.ndarray, design: np.ndarray, model: Model) -> bool
     gram[np.diag_indices(len(gram))] += 1e-12 * np.trace(gram) + 1e-300
     gain = float(np.sum(pull * np.linalg.solve(gram, pull)))
     degrees = pull.size
-    return gain > CORRELATED_CELLS * (degrees - np.sqrt(2 * degrees))
+    return gain > CORRELATED_CELLS * (degrees - 0.75 * np.sqrt(2 * degrees))
 
 
 def in_units(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
