@@ -21,7 +21,7 @@ LOG_RATIO_FLOOR = 3e-4
 STAR_SCATTER, STARS_EXPECTED, STARS_POOLED = 0.03, 1.0, 30.0
 #: What wings and blends make of stars that agree: scatter that does not limit the ratio.
 SMALL_SCATTER = 0.005
-#: Standard deviation of a channel's log ratio about that of all channels.
+#: Standard deviation of a channel's log ratio about that of the others.
 COLOUR_SPREAD = 0.3
 #: Standard deviation of the prior on a tile's log gain: felt only where nothing else is.
 LOG_GAIN_PRIOR = 3.0
@@ -64,18 +64,20 @@ def solve_gains(
 def log_ratios(pairs: Sequence[PairRelation], channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Log ratio and standard error (P, C) of each pair, infinite where no channel tells.
 
-    A channel's own ratio is drawn towards that of all with the strength of :data:`COLOUR_SPREAD`: by nothing that
+    A channel's own ratio is drawn towards that of the others with the strength of :data:`COLOUR_SPREAD`: by nothing that
     counts where it is known to a per cent, wholly where it is not known at all.
     """
     own, error = (np.array([getattr(p, n) for p in pairs]).reshape(-1, channels) for n in ("log_ratio", "log_ratio_se"))
     error = np.sqrt(error**2 + star_errors(pairs, channels) ** 2 + LOG_RATIO_FLOOR**2)
     information = error**-2.0
-    total = information.sum(axis=1, keepdims=True)
-    known = total[:, 0] > 0
-    common = np.sum(own * information, axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
-    prior = 1.0 / (COLOUR_SPREAD**2 + 1.0 / np.where(total > 0, total, 1.0))
-    ratio = (own * information + common * prior) / (information + prior)
-    return ratio, np.where(known[:, None], (information + prior) ** -0.5, np.inf)
+    others = 1.0 - np.eye(channels)
+    total = information @ others
+    some = np.where(total > 0, total, 1.0)
+    common = (own * information) @ others / some
+    prior = np.where(total > 0, 1.0 / (COLOUR_SPREAD**2 + 1.0 / some), 0.0)
+    known = information + prior > 0
+    both = np.where(known, information + prior, 1.0)
+    return (own * information + common * prior) / both, np.where(known, both**-0.5, np.inf)
 
 
 def star_errors(pairs: Sequence[PairRelation], channels: int) -> np.ndarray:
