@@ -65,6 +65,8 @@ def distortion_stencils() -> np.ndarray:
 NEAR = np.argwhere(distortion_stencils().any(axis=0)) - 4
 REACH = int(np.max(np.abs(NEAR)))
 STENCILS = distortion_stencils()[:, NEAR[:, 0] + 4, NEAR[:, 1] + 4]
+#: Correlation (K,) of a smoothed cell's noise with what the distortions make of it.
+NOISE_IN_STENCILS = STENCILS @ np.prod(np.array([1, 2 / 3, 1 / 6, 0, 0])[np.abs(NEAR)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -332,7 +334,7 @@ def improved(overlap: Overlap, design: np.ndarray, weight: np.ndarray, model: Mo
     seen = sxy > SEEN_EVIDENCE * np.sqrt(np.maximum(sxx * syy, 0.0) * CORRELATED_CELLS / len(weight))
     if not seen.any():
         return None
-    ratio = deming_slope(sxx, syy, np.where(seen, sxy, 1.0), overlap.vy / overlap.vx)
+    ratio = deming_slope(sxx, syy, np.where(seen, sxy, 1.0), noise_ratio(overlap, model))
     change = np.where(seen, np.log(ratio / model.ratio), 0.0)
     ratio = model.ratio * np.exp(np.clip(change, -LARGEST_CHANGE, LARGEST_CHANGE))
     rows = residual_rows(overlap, axes, ratio)
@@ -344,6 +346,16 @@ def improved(overlap: Overlap, design: np.ndarray, weight: np.ndarray, model: Mo
     ratio, theta = ratio * np.exp(change[: len(ratio)]), model.theta + change[len(ratio) :]
     rows = residual_rows(overlap, both_axes(ratio, theta), ratio)
     return Model(ratio, theta, np.concatenate([rows, -rows @ free], axis=2), free, weight, inverse)
+
+
+def noise_ratio(overlap: Overlap, model: Model) -> np.ndarray:
+    """Variance (C,) of y's noise over that of x's, each with half of the distortions taken out.
+
+    They are taken from the noise as well: it becomes narrower in one and wider in the other.
+    """
+    share, narrower = share_of_x(overlap, model.ratio), model.theta @ NOISE_IN_STENCILS
+    ratio = (1 - (1 - share) * narrower) / (1 + share * narrower)
+    return overlap.vy / overlap.vx * np.clip(ratio, 0.1, 10.0)
 
 
 def weighted_products(design: np.ndarray, weight: np.ndarray, values: int) -> tuple[np.ndarray, np.ndarray]:
@@ -430,8 +442,18 @@ def standard_errors(overlap: Overlap, design: np.ndarray, model: Model) -> np.nd
     information = model.weight * structure**2
     error = clustered_deviation(influence / (1 - star_leverage(information, overlap)), overlap)
     # without structure there is no influence either: what noise alone leaves open is the least
-    error = np.maximum(error, np.sqrt(np.diag(model.inverse)[:channels]))
+    error = np.maximum(error, np.sqrt(np.diag(model.inverse)[:channels])) / reliability(overlap, model, information)
     return np.where(error < MAX_PAIR_SE, error, np.inf)
+
+
+def reliability(overlap: Overlap, model: Model, information: np.ndarray) -> np.ndarray:
+    """How much (C,) of the information (C, n) that the structure holds is not its own noise, at least 0.01.
+
+    The sandwich takes all of it for what a change of the ratio does to the residuals.
+    """
+    share = share_of_x(overlap, model.ratio)
+    noise = share * (1 - share) * np.sum(model.weight)
+    return np.maximum(1 - noise / np.maximum(np.sum(information, axis=1), 1e-300), 0.01)
 
 
 def scatter_of_stars(

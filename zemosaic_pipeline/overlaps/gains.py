@@ -21,12 +21,14 @@ LOG_RATIO_FLOOR = 3e-4
 STAR_SCATTER, STARS_EXPECTED, STARS_POOLED = 0.03, 1.0, 30.0
 #: What wings and blends make of stars that agree: scatter that does not limit the ratio.
 SMALL_SCATTER = 0.005
-#: Standard deviation of a channel's log ratio about that of all channels.
+#: Standard deviation of a channel's log ratio about that of the others.
 COLOUR_SPREAD = 0.3
 #: Standard deviation of the prior on a tile's log gain: felt only where nothing else is.
 LOG_GAIN_PRIOR = 3.0
 #: Tiles beyond this factor from their group's median gain take no part in its gauge.
 GAUGE_FACTOR = 30.0
+#: Largest correlation of the errors of two tiles that are taken out together.
+MOST_CORRELATION = 0.1
 #: Steps of the global solve with Huber's weights, before Cauchy's.
 HUBER_STEPS = 5
 #: Most steps of it.
@@ -41,8 +43,8 @@ def solve_gains(
     """Log gains (K, C) and their standard errors; 0 and inf, in all channels, of tiles without a measurable gain.
 
     A tile's gain counts as measurable where its standard error, pooled over the channels, is at most ``se_limit``.
-    Tiles are taken out and the rest is solved again until all are: of neighbours that are vague, the worst first, since
-    a tile may be vague only because of its neighbour.
+    Tiles are taken out and the rest is solved again until all are: the worst first, since a tile may be vague only
+    because of another, and with it those that this concerns little.
     """
     ratio, error = log_ratios(pairs, channels)
     edges = np.stack(tiles_of(pairs), axis=1)[np.isfinite(error).all(axis=1)]
@@ -55,24 +57,27 @@ def solve_gains(
         vague[~np.isfinite(vague) | (vague <= se_limit)] = 0.0
         if not vague.any():
             return found, found_error
-        determined = determined & ~worst_of_neighbours(vague, edges[use])
+        worst = worst_of_neighbours(vague, edges[use])
+        determined[independent(np.flatnonzero(worst), vague, edges[use], error[use])] = False
 
 
 def log_ratios(pairs: Sequence[PairRelation], channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Log ratio and standard error (P, C) of each pair, infinite where no channel tells.
 
-    A channel's own ratio is drawn towards that of all with the strength of :data:`COLOUR_SPREAD`: by nothing that
+    A channel's own ratio is drawn towards that of the others with the strength of :data:`COLOUR_SPREAD`: by nothing that
     counts where it is known to a per cent, wholly where it is not known at all.
     """
     own, error = (np.array([getattr(p, n) for p in pairs]).reshape(-1, channels) for n in ("log_ratio", "log_ratio_se"))
     error = np.sqrt(error**2 + star_errors(pairs, channels) ** 2 + LOG_RATIO_FLOOR**2)
     information = error**-2.0
-    total = information.sum(axis=1, keepdims=True)
-    known = total[:, 0] > 0
-    common = np.sum(own * information, axis=1, keepdims=True) / np.where(total > 0, total, 1.0)
-    prior = 1.0 / (COLOUR_SPREAD**2 + 1.0 / np.where(total > 0, total, 1.0))
-    ratio = (own * information + common * prior) / (information + prior)
-    return ratio, np.where(known[:, None], (information + prior) ** -0.5, np.inf)
+    others = 1.0 - np.eye(channels)
+    total = information @ others
+    some = np.where(total > 0, total, 1.0)
+    common = (own * information) @ others / some
+    prior = np.where(total > 0, 1.0 / (COLOUR_SPREAD**2 + 1.0 / some), 0.0)
+    known = information + prior > 0
+    both = np.where(known, information + prior, 1.0)
+    return (own * information + common * prior) / both, np.where(known, both**-0.5, np.inf)
 
 
 def star_errors(pairs: Sequence[PairRelation], channels: int) -> np.ndarray:
@@ -118,17 +123,42 @@ def worst_of_neighbours(score: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return (score > 0) & (score == highest)
 
 
+def independent(tiles: np.ndarray, score: np.ndarray, edges: np.ndarray, error: np.ndarray) -> list[int]:
+    """Of vague tiles, int (n,), the worst, the next whose error does not hang together with its, and so on.
+
+    Either side of a weak link is vague because of the other: their gains are known about the mean of both alone. To
+    take tiles out on both sides, or those at the link with those far from it, loses tiles or tears the group apart.
+    """
+    linked, i, j, group = linked_tiles(edges)
+    tiles = tiles[np.argsort(-score[tiles], kind="stable")]
+    at = np.searchsorted(linked, tiles)
+    solve = bordered_solver(i, j, np.mean(error**-2.0, axis=1), LOG_GAIN_PRIOR**-2.0, group)
+    covariance = solve(np.eye(len(linked))[:, at])[at]
+    deviation = np.sqrt(np.diag(covariance))
+    correlated = np.abs(covariance) > MOST_CORRELATION * np.outer(deviation, deviation)
+    taken: list[int] = []
+    for k in range(len(tiles)):
+        if not correlated[k, taken].any():
+            taken.append(k)
+    return tiles[taken].tolist()
+
+
+def linked_tiles(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The tiles that some edge (E, 2) touches, both ends (E,) of each edge among them, and the group of each."""
+    linked, numbers = np.unique(edges, return_inverse=True)
+    i, j = numbers.reshape(-1, 2).T
+    group = connected_groups(len(linked), list(zip(i.tolist(), j.tolist(), strict=True)))
+    return linked, i, j, np.asarray(group)
+
+
 def gains_of_linked(
     edges: np.ndarray, ratio: np.ndarray, error: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log gains (K, C) and errors of the tiles that some edge (E, 2) touches; 0 and inf of the others."""
-    linked, numbers = np.unique(edges, return_inverse=True)
-    i, j = numbers.reshape(-1, 2).T
+    linked, i, j, group = linked_tiles(edges)
     log_gain, log_error = np.zeros((count, ratio.shape[1])), np.full((count, ratio.shape[1]), np.inf)
     if not len(linked):
         return log_gain, log_error
-    group = connected_groups(len(linked), list(zip(i.tolist(), j.tolist(), strict=True)))
-    group = np.asarray(group)
     for c in range(ratio.shape[1]):
         x, log_error[linked, c] = solve_differences(i, j, ratio[:, c], error[:, c], group, LOG_GAIN_PRIOR)
         log_gain[linked, c] = gauged(x, group)
@@ -136,11 +166,16 @@ def gains_of_linked(
 
 
 def gauged(x: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Log gains (K,) shifted so that those of each group have the mean 0, tiles in other units left out."""
+    """Log gains (K,) shifted so that those of each group have the mean 0, tiles in other units left out.
+
+    Of as many tiles in one unit as in another those with the larger gains are not left out.
+    """
     x = x.copy()
     for g in np.unique(group):
-        members = x[group == g]
-        usual = np.abs(members - np.median(members)) <= np.log(GAUGE_FACTOR)
+        members = np.sort(x[group == g])
+        # a tile's own: between two units there is none
+        middle = members[len(members) // 2]
+        usual = np.abs(members - middle) <= np.log(GAUGE_FACTOR)
         x[group == g] -= members[usual].mean()
     return x
 
