@@ -36,6 +36,8 @@ LEAST_FREEDOM = 0.25
 SMALL_RESIDUAL = 0.02
 #: Share of the typical information that keeps the level of a group of tiles solvable; the gauge is set afterwards.
 RIDGE = 1e-9
+#: Tiles whose levels' errors are computed together.
+LEVELS_AT_ONCE = 256
 #: Most unknowns whose inverse is computed in full, and vectors that estimate the inverse of more.
 EXACT_UNKNOWNS, PROBES = 400, 48
 
@@ -235,11 +237,16 @@ class System:
 
     def level_errors(self, group: np.ndarray) -> np.ndarray:
         """Standard error (K,) of the level of each tile against the mean of its group, int (K,), of connected tiles."""
-        tiles = self.measured.tiles
-        together = (group[:, None] == group).astype(float)
-        levels = np.zeros((tiles, tiles, self.measured.terms))
-        levels[:, :, 0] = np.eye(tiles) - together / together.sum(axis=1)
-        return np.sqrt(np.maximum(np.diag(self.covariance(levels)), 0.0))
+        tiles, terms = self.measured.tiles, self.measured.terms
+        size = np.bincount(group)
+        errors = np.zeros(tiles)
+        for first in range(0, tiles, LEVELS_AT_ONCE):
+            some = np.arange(first, min(first + LEVELS_AT_ONCE, tiles))
+            levels = np.zeros((len(some), tiles, terms))
+            levels[:, :, 0] = np.where(group[some, None] == group, -1.0 / size[group], 0.0)
+            levels[np.arange(len(some)), some, 0] += 1.0
+            errors[some] = np.sqrt(np.maximum(np.diag(self.covariance(levels)), 0.0))
+        return errors
 
     def kinds(self) -> list[np.ndarray]:
         """Which unknowns are slopes, curvatures and common curvatures."""
