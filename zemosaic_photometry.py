@@ -42,7 +42,7 @@ import numpy as np
 from zemosaic_pipeline.errors import Notice
 from zemosaic_pipeline.overlaps.backgrounds import Measured, sky_errors, solve_backgrounds
 from zemosaic_pipeline.overlaps.errors_in_variables import in_units
-from zemosaic_pipeline.overlaps.gains import components, solve_gains, tiles_of
+from zemosaic_pipeline.overlaps.gains import GAUGE_FACTOR, components, solve_gains, tiles_of
 from zemosaic_pipeline.overlaps.gradients import TERMS
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, measure_pairs
 
@@ -306,7 +306,7 @@ def _solve(
     unit = noise_units(tiles, gain, excluded)
     found = solve_backgrounds(measured_differences(tiles, pairs, gain, unit))
     polynomials = found.polynomials * unit[:, None]
-    level = set_gauge(-polynomials[:, :, 0], pivot, component, excluded)
+    level = set_gauge(-polynomials[:, :, 0], pivot, gain, component, excluded)
     gradient = np.zeros((count, channels, TERMS[2] - 1))
     gradient[:, :, : polynomials.shape[2] - 1] = polynomials[:, :, 1:] * gain[:, :, None]
     return PhotometricSolution(
@@ -430,10 +430,16 @@ def overlap_steps(
     return in_units(one - other, np.sqrt((var_one + var_other) / 2))
 
 
-def set_gauge(level: np.ndarray, pivot: np.ndarray, component: np.ndarray, excluded: np.ndarray) -> np.ndarray:
-    """Shift the levels so that each group of tiles has the median background that all tiles had, per channel."""
+def set_gauge(
+    level: np.ndarray, pivot: np.ndarray, gain: np.ndarray, component: np.ndarray, excluded: np.ndarray
+) -> np.ndarray:
+    """Shift the levels so that each group of tiles has the median background that all tiles had, per channel.
+
+    The background of tiles in other units is none of the mosaic's.
+    """
     level = level.copy()
-    target = np.median(pivot[~excluded], axis=0) if (~excluded).any() else np.median(pivot, axis=0)
+    usual = ~excluded & (np.abs(np.log(gain)) <= np.log(GAUGE_FACTOR)).all(axis=1)
+    target = np.median(pivot[usual] if usual.any() else pivot, axis=0)
     for c in range(int(component.max()) + 1):
         members = (component == c) & ~excluded
         if members.any():
