@@ -41,9 +41,9 @@ import numpy as np
 
 from zemosaic_pipeline.errors import Notice
 from zemosaic_pipeline.overlaps.backgrounds import Measured, sky_errors, solve_backgrounds
-from zemosaic_pipeline.overlaps.errors_in_variables import in_units
 from zemosaic_pipeline.overlaps.gains import GAUGE_FACTOR, components, solve_gains, tiles_of
 from zemosaic_pipeline.overlaps.gradients import TERMS
+from zemosaic_pipeline.overlaps.overlap import in_units
 from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, measure_pairs
 
 #: Pixels that :func:`apply_photometric_normalization` works on at a time.

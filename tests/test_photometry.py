@@ -29,7 +29,8 @@ from zemosaic_photometry import (
 )
 from zemosaic_pipeline.arrays import connected_groups
 from zemosaic_pipeline.overlaps import gains
-from zemosaic_pipeline.overlaps.errors_in_variables import clustered_deviation, fit_overlap
+from zemosaic_pipeline.overlaps.errors_in_variables import fit_overlap
+from zemosaic_pipeline.overlaps.overlap import clustered_deviation
 from zemosaic_pipeline.overlaps.pairs import PairsInPassing, make_overlap, measure_pairs
 
 

@@ -8,19 +8,27 @@ channel's gain, a colour error), and a plane where the residuals ask for it. doc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from zemosaic_pipeline.overlaps.overlap import (
+    CORRELATED_CELLS,
+    Model,
+    Overlap,
+    deviation,
+    median,
+    noise_of_difference,
+    part,
+    share_of_x,
+    shared_weights,
+)
+from zemosaic_pipeline.overlaps.standard_errors import scatter_of_stars, standard_errors, structure_weights
 
 #: Relative errors of a cell's brightness that noise does not explain (flat fields, colour terms, the stars' wings):
 #: what is assumed at first, and from what :func:`structure_error` chooses.
 STRUCTURE_ERROR = 0.005
 STRUCTURE_ERRORS = np.geomspace(0.001, 0.064, 13)
-#: The same where the sky is compared: stars count for less still.
-SKY_STRUCTURE_ERROR = 0.03
-#: A log ratio that is known worse than this is none.
-MAX_PAIR_SE = 0.25
 #: Two tiles share structure where their cells are correlated by so many standard deviations, all channels together;
 #: then one of them tells its own ratio from so many on.
 MIN_EVIDENCE, SEEN_EVIDENCE = 5.0, 2.0
@@ -30,16 +38,6 @@ LARGEST_CHANGE = 1.0
 MIN_CELLS = 12
 #: Most steps of one iterative fit.
 MAX_STEPS = 12
-#: The same where the sky is compared.
-SKY_STEPS = 10
-#: Tuning constant of Tukey's biweight for 95 % efficiency on Gaussian residuals.
-TUKEY = 4.685
-#: Cells from which the first guess of everything is made.
-FIRST_CELLS = 1000
-#: Factor by which smoothing the cells with (1 2 1) / 4 along each axis lowers the variance of noise, and the number of
-#: cells that it correlates with one another.
-SMOOTHED_VARIANCE = (6 / 16) ** 2
-CORRELATED_CELLS = 1.0 / SMOOTHED_VARIANCE
 #: Expected sizes of the distortions of :func:`distortion_stencils`, in cells to the power of their order, and the
 #: diagonal of the information that they stand for.
 EXPECTED_DISTORTION = np.array([0.1, 0.1, 0.2, 0.2, 0.1, 0.05])
@@ -67,43 +65,6 @@ REACH = int(np.max(np.abs(NEAR)))
 STENCILS = distortion_stencils()[:, NEAR[:, 0] + 4, NEAR[:, 1] + 4]
 #: Correlation (K,) of a smoothed cell's noise with what the distortions make of it.
 NOISE_IN_STENCILS = STENCILS @ np.prod(np.array([1, 2 / 3, 1 / 6, 0, 0])[np.abs(NEAR)], axis=1)
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Structure of both tiles in an overlap, smoothed, and the variance (C,) of a smoothed cell.
-
-    ``image_x`` and ``image_y`` (C, h, w) are the common rectangle, zero where a tile has no data. Of its cells, those of
-    every ``step`` = (rows, columns) may enter the fit; ``used`` (h', w') marks those that do. ``x`` and ``y`` (C, n) are
-    these cells.
-    """
-
-    image_x: np.ndarray
-    image_y: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    used: np.ndarray
-    step: tuple[int, int]
-    vx: np.ndarray
-    vy: np.ndarray
-
-
-@dataclass(frozen=True)
-class Model:
-    """``y = ratio x + const`` after everything else; the rows are those of :func:`make_design`.
-
-    ``ratio`` (C,) is g_b / g_a, ``theta`` (K,) the coefficients of the distortions. ``rows`` (C, 2, R) combine the
-    design's rows to the residual y / ratio - x and to the best estimate of what both tiles show, both in units of the
-    former's noise; ``free`` (C, V, m) is what constants (and planes) take out of the other rows. ``weight`` (n,) are the
-    weights of the cells that led here, ``inverse`` (C + K, C + K) that of the information on log ratios and theta.
-    """
-
-    ratio: np.ndarray
-    theta: np.ndarray
-    rows: np.ndarray
-    free: np.ndarray
-    weight: np.ndarray
-    inverse: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -174,11 +135,6 @@ def fitted(
     if model is None or (missed is not None and needs_gradient(missed, design, model)):
         return None
     return design, model, relative
-
-
-def part(count: int) -> slice:
-    """About :data:`FIRST_CELLS` of the cells, spread evenly."""
-    return slice(None, None, max(1, count // FIRST_CELLS))
 
 
 def final_fit(overlap: Overlap, design: np.ndarray, model: Model, relative: float) -> Fit:
@@ -270,16 +226,6 @@ def make_design(overlap: Overlap, ratio: np.ndarray, smooth: np.ndarray) -> np.n
         common = share * overlap.image_x[c] + ((1 - share) / ratio[c]) * overlap.image_y[c]
         np.matmul(STENCILS, np.pad(common, REACH, mode="edge").take(near), out=design[c, 2:kinds])
     return design
-
-
-def share_of_x(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
-    """Weight (C,) of x in the inverse-variance mean of x and y / ratio."""
-    return overlap.vy / (overlap.vy + ratio**2 * overlap.vx)
-
-
-def noise_of_difference(overlap: Overlap, ratio: np.ndarray) -> np.ndarray:
-    """Standard deviation (C, 1) that noise gives to y / ratio - x."""
-    return np.sqrt(overlap.vx + overlap.vy / ratio**2)[:, None]
 
 
 def structure_error(design: np.ndarray, model: Model) -> float:
@@ -404,148 +350,6 @@ def inverse_information(products: np.ndarray, structure: np.ndarray, sigma: np.n
     return np.linalg.inv(information)
 
 
-def shared_weights(residual: np.ndarray, structure: np.ndarray, scatter: np.ndarray, relative: float) -> np.ndarray:
-    """Weight (n,) of each cell from residuals and structure (C, n) in units of the noise, and the structure's error."""
-    variance = max(1.0, float(np.mean(scatter**2))) + relative**2 / len(structure) * np.sum(structure**2, axis=0)
-    u2 = np.sum(residual**2, axis=0) / (len(residual) * TUKEY**2 * variance)
-    return np.maximum(1 - u2, 0.0) ** 2 / variance
-
-
-def median(values: np.ndarray) -> np.ndarray:
-    """Median (C, 1) of each row of values (C, n)."""
-    low, high = (values.shape[1] - 1) // 2, values.shape[1] // 2
-    ordered = np.partition(values, (low, high) if low != high else low, axis=1)
-    return 0.5 * (ordered[:, low, None] + ordered[:, high, None])
-
-
-def deviation(values: np.ndarray) -> np.ndarray:
-    """Robust standard deviation (C,) about 0 of each row of values (C, n)."""
-    return 1.4826 * median(np.abs(values))[:, 0]
-
-
-def structure_weights(structure: np.ndarray, relative: float) -> np.ndarray:
-    """Weight (n,) of each cell from its structure (C, n), in units of the noise, and the structure's relative error."""
-    return 1.0 / (1.0 + relative**2 / len(structure) * np.sum(structure**2, axis=0))
-
-
-def standard_errors(overlap: Overlap, design: np.ndarray, model: Model) -> np.ndarray:
-    """Standard error (C,) of each log ratio: sandwich estimate, correlated neighbours and shared terms included."""
-    channels = len(model.ratio)
-    residual, structure = np.swapaxes(model.rows @ design, 0, 1)
-    # score of each log ratio and of each distortion, as combinations of the design's rows
-    values = design.shape[1] - model.free.shape[2]
-    scores = np.zeros((channels, channels, values))
-    scores[:, :, 2:] = model.inverse[:channels, channels:] / noise_of_difference(overlap, model.ratio)[:, None]
-    scores += model.inverse[:channels, :channels].T[:, :, None] * model.rows[:, None, 1, :values]
-    scores = np.concatenate([scores, -scores @ model.free], axis=2) @ design
-    influence = np.sum(scores * (residual * model.weight)[:, None], axis=0)
-    information = model.weight * structure**2
-    error = clustered_deviation(influence / (1 - star_leverage(information, overlap)), overlap)
-    # without structure there is no influence either: what noise alone leaves open is the least
-    error = np.maximum(error, np.sqrt(np.diag(model.inverse)[:channels])) / reliability(overlap, model, information)
-    return np.where(error < MAX_PAIR_SE, error, np.inf)
-
-
-def reliability(overlap: Overlap, model: Model, information: np.ndarray) -> np.ndarray:
-    """How much (C,) of the information (C, n) that the structure holds is not its own noise, at least 0.01.
-
-    The sandwich takes all of it for what a change of the ratio does to the residuals.
-    """
-    share = share_of_x(overlap, model.ratio)
-    noise = share * (1 - share) * np.sum(model.weight)
-    return np.maximum(1 - noise / np.maximum(np.sum(information, axis=1), 1e-300), 0.01)
-
-
-def scatter_of_stars(
-    overlap: Overlap, information: np.ndarray, pull: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How far the stars of an overlap contradict one another: the last three of :class:`Fit`.
-
-    From each cell's information on the log ratio and its pull (C, n): their quotient is the deviation.
-    A star is a hill of the information: every cell belongs to the highest of its neighbours, and with it to its peak.
-    """
-    image = np.full(np.add(overlap.used.shape, 2), -1.0)
-    image[1:-1, 1:-1][overlap.used] = information.sum(axis=0)
-    star = hills(image)[1:-1, 1:-1][overlap.used]
-    count = image.size
-    weight, pulled = (np.array([np.bincount(star, line, count) for line in values]) for values in (information, pull))
-    squares = np.maximum(np.sum(weight**2, axis=1), 1e-300)
-    total = np.maximum(np.sum(weight, axis=1), 1e-300)
-    number = total**2 / squares
-    limit = np.full((len(weight), 1), 1e6)
-    for _ in range(5):
-        kept = np.clip(pulled, -limit * weight, limit * weight)
-        scatter = np.sqrt(np.sum(kept**2, axis=1) / squares)
-        limit = 3.0 * scatter[:, None]
-    return number, scatter, np.sqrt(correlated_cells(overlap) * number / total)
-
-
-def hills(image: np.ndarray) -> np.ndarray:
-    """Number of the peak, int (h, w), that each cell of an image leads to, always up to the highest neighbour.
-
-    The image has an edge, one cell wide, that is lower than all else.
-    """
-    height, width = image.shape
-    up = np.arange(image.size)
-    best = image.ravel().copy()
-    inner = up.reshape(height, width)[1:-1, 1:-1].ravel()
-    for step in (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1):
-        other = image.ravel()[inner + step]
-        higher = other > best[inner]
-        best[inner[higher]] = other[higher]
-        up[inner[higher]] = inner[higher] + step
-    while True:
-        further = up[up]
-        if np.array_equal(further, up):
-            return up.reshape(height, width)
-        up = further
-
-
-def correlated_cells(overlap: Overlap) -> float:
-    """The number of cells that enter the fit and that smoothing correlates with one another."""
-    return max(CORRELATED_CELLS / (overlap.step[0] * overlap.step[1]), 1.0)
-
-
-def star_leverage(information: np.ndarray, overlap: Overlap) -> np.ndarray:
-    """Share (C, n) of the information (C, n) that lies within two cells, at most 0.8.
-
-    A star that decides the fit leaves no residual: residuals over 1 - leverage are those of a fit without it (the
-    jackknife; MacKinnon & White 1985).
-    """
-    image = np.zeros((len(information), *overlap.used.shape))
-    image[:, overlap.used] = information / np.maximum(information.sum(axis=1, keepdims=True), 1e-300)
-    near = _along(image, [np.ones(3)[::step] for step in overlap.step])
-    return np.minimum(near[:, overlap.used], 0.8)
-
-
-def clustered_deviation(influence: np.ndarray, overlap: Overlap) -> np.ndarray:
-    """Standard deviation (C,) of the sums of influences (C, n) whose neighbours are correlated (smoothing, debayering).
-
-    The sum of products over all pairs of cells less than five cells apart, tapered (Newey & West 1987) so that it
-    cannot be negative.
-    """
-    image = np.zeros((len(influence), *overlap.used.shape))
-    image[:, overlap.used] = influence
-    near = _along(image, [np.linspace(1.0, 0.2, 5)[::step] for step in overlap.step])
-    return np.sqrt(np.maximum(np.sum(image * near, axis=(1, 2)), np.sum(influence**2, axis=1)))
-
-
-def _along(image: np.ndarray, kernels: Sequence[np.ndarray]) -> np.ndarray:
-    """Correlate with a symmetric kernel along each of the last two axes, zeros beyond the edge.
-
-    A kernel is its values at the distances 0, 1, 2 ...
-    """
-    for axis, kernel in zip((1, 2), kernels, strict=True):
-        image = np.swapaxes(image, axis, 2)
-        total = kernel[0] * image
-        for distance, value in enumerate(kernel[1:], 1):
-            part_of_it = value * image
-            total[..., distance:] += part_of_it[..., :-distance]
-            total[..., :-distance] += part_of_it[..., distance:]
-        image = np.swapaxes(total, axis, 2)
-    return image
-
-
 def smooth_columns(used: np.ndarray, order: int) -> np.ndarray:
     """The polynomials (2 or 5, n) of an order, without the constant, at the used cells (h, w)."""
     y, x = (2 * (at + 0.5) / size - 1 for at, size in zip(np.nonzero(used), used.shape, strict=True))
@@ -567,8 +371,3 @@ def needs_gradient(smooth: np.ndarray, design: np.ndarray, model: Model) -> bool
     gain = float(np.sum(pull * np.linalg.solve(gram, pull)))
     degrees = pull.size
     return gain > CORRELATED_CELLS * (degrees - 0.75 * np.sqrt(2 * degrees))
-
-
-def in_units(value: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """value / scale, 0 where the scale is 0."""
-    return np.divide(value, scale, out=np.zeros_like(value, dtype=float), where=scale > 0)

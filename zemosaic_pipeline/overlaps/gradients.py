@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zemosaic_pipeline.overlaps.errors_in_variables import (
+from zemosaic_pipeline.overlaps.errors_in_variables import Fit
+from zemosaic_pipeline.overlaps.overlap import (
     CORRELATED_CELLS,
-    SKY_STEPS,
-    SKY_STRUCTURE_ERROR,
-    Fit,
     Overlap,
     clustered_deviation,
     correlated_cells,
@@ -29,6 +27,10 @@ from zemosaic_pipeline.overlaps.errors_in_variables import (
     shared_weights,
 )
 
+#: Relative error of a cell's brightness where the sky is compared: stars count for less than where ratios are fitted.
+SKY_STRUCTURE_ERROR = 0.03
+#: Most steps of the comparison.
+SKY_STEPS = 10
 #: Number of terms of a polynomial of each order.
 TERMS = {0: 1, 1: 3, 2: 6}
 #: A mode that the others explain but for this share of its square is none.

@@ -13,19 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from zemosaic_pipeline.arrays import connected_groups
-from zemosaic_pipeline.overlaps.errors_in_variables import (
-    MIN_CELLS,
-    SMOOTHED_VARIANCE,
-    Overlap,
-    fit_overlap,
-    in_units,
-)
+from zemosaic_pipeline.overlaps.errors_in_variables import MIN_CELLS, fit_overlap
 from zemosaic_pipeline.overlaps.gradients import (
     TileCoordinates,
     polynomial_terms,
     smooth_difference,
     square_coordinates,
 )
+from zemosaic_pipeline.overlaps.overlap import SMOOTHED_VARIANCE, Overlap, in_units
 
 #: Most cells of one pair that enter its fit.
 MAX_CELLS = 3500
