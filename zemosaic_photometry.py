@@ -50,6 +50,10 @@ from zemosaic_pipeline.overlaps.pairs import CoarseTile, PairRelation, measure_p
 NORMALISED_AT_ONCE = 1 << 17
 #: Size of gradients, in units of the noise of a pixel, below which there are none that matter.
 NO_GRADIENT = 0.1
+#: Size of gradients, in the same unit, beyond which fits go astray (measured: 0.8 % of a gain at 300).
+STEEP = 300.0
+#: Smallest error of a smooth difference, in the same unit: one overlap must not outweigh all others by any factor.
+LEAST_ERROR = 1e-4
 #: Most places at which the error of the low-frequency sky is computed.
 MOST_PLACES = 1000
 
@@ -72,7 +76,8 @@ class PhotometricSolution:
     ``gain_se`` is the standard error of ln gain (inf: undetermined), ``offset_se`` of the level in mosaic units.
     ``gradient_sizes`` are those of slopes, curvatures and of the curvature common to all tiles of a camera, and
     ``sky_error`` is the standard error of the low-frequency sky (with a constant, a plane, a quadratic over the whole
-    mosaic taken out), both in units of the noise of a median tile's pixel.
+    mosaic taken out; of the largest group of tiles, NaN where none overlap), both in units of the noise of a median
+    tile's pixel.
     ``component`` numbers the connected groups of overlapping tiles, ``excluded`` marks tiles left out of the mosaic.
     ``step_after`` (P, C) is :attr:`PairRelation.step_before` once normalised.
     """
@@ -97,9 +102,9 @@ class PhotometricSolution:
         return self.pivot - self.gain * self.level
 
     @property
-    def has_gradients(self) -> bool:
-        """Whether gradients were found that matter."""
-        return bool(np.max(self.gradient_sizes, initial=0.0) > NO_GRADIENT)
+    def has_gradients(self) -> bool | None:
+        """Whether gradients were found that matter; None where none were looked for."""
+        return bool(self.gradient_sizes.max() > NO_GRADIENT) if self.gradient_sizes.size and self.pairs else None
 
     def row(self, tile: int) -> Normalisation:
         """What :func:`apply_photometric_normalization` takes for one tile."""
@@ -210,7 +215,7 @@ def compute_photometric_gains_and_offsets(
     options: PhotometryOptions | None = None,
     pairs: Sequence[PairRelation] | None = None,
 ) -> PhotometricSolution:
-    """Gain and offset of every tile and channel from the overlaps.
+    """Gain, level and gradient of every tile and channel from the overlaps.
 
     Parameters
     ----------
@@ -218,7 +223,8 @@ def compute_photometric_gains_and_offsets(
         All with the same number of channels C.
     options : PhotometryOptions
     pairs : sequence of PairRelation, optional
-        Relations measured before; otherwise every overlapping pair is measured here.
+        Relations measured before, for gradients of at least the order in ``options``; otherwise every overlapping pair
+        is measured here.
 
     Returns
     -------
@@ -234,81 +240,82 @@ def compute_photometric_gains_and_offsets(
         raise ValueError("compute_photometric_gains_and_offsets needs tiles with the same number of channels")
     if pairs is None:
         pairs = measure_pairs(tiles, order=options.gradient_order)
-    solution = without_bad_tiles(tiles, pairs, options)
-    notes = [
-        _notice(tiles[k], "bad_tile", "its values do not belong to this sky; left out of the mosaic")
-        for k in np.flatnonzero(solution.excluded).tolist()
-    ]
-    return replace(solution, warnings=(*notes, *solution.warnings))
-
-
-def without_bad_tiles(
-    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], options: PhotometryOptions
-) -> PhotometricSolution:
-    """The solution of the tiles that belong to one sky; the others are marked as excluded."""
     excluded = np.zeros(len(tiles), bool)
     while True:
-        solution = _solve(tiles, [p for p in pairs if not (excluded[p.i] or excluded[p.j])], excluded, options)
-        bad = bad_tiles(solution, tiles) if options.reject_bad_tiles else []
+        used = [p for p in pairs if not (excluded[p.i] or excluded[p.j])]
+        gain, gain_se = gains_of_tiles(used, len(tiles), len(tiles[0].noise), options)
+        bad = bad_tiles(tiles, used, gain, excluded) if options.reject_bad_tiles else []
         if not bad:
-            return solution
-        excluded = excluded.copy()
+            return backgrounds_of_tiles(tiles, used, gain, gain_se, excluded, options)
         excluded[bad] = True
 
 
-def bad_tiles(solution: PhotometricSolution, tiles: Sequence[CoarseTile]) -> list[int]:
+def gains_of_tiles(
+    pairs: Sequence[PairRelation], count: int, channels: int, options: PhotometryOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gains (K, C) and the standard errors of their logarithms; 1 and inf where they are not asked for or not known."""
+    if not options.match_gain:
+        return np.ones((count, channels)), np.full((count, channels), np.inf)
+    log_gain, error = solve_gains(pairs, count, channels, options.gain_se_limit)
+    return np.exp(log_gain), error
+
+
+def bad_tiles(
+    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], gain: np.ndarray, excluded: np.ndarray
+) -> list[int]:
     """Tiles to leave out: those of absurd level, all together, or else the one that disagrees most."""
-    absurd = absurd_levels(solution)
-    return absurd if absurd else worst_tile(solution, tiles)
+    absurd = absurd_levels(np.stack([t.sky for t in tiles]) / gain, excluded)
+    return absurd if absurd else worst_tile(pairs, len(tiles))
 
 
-def absurd_levels(solution: PhotometricSolution) -> list[int]:
-    """Tiles whose sky, in the mosaic's units, lies further from the others' than a thousand times what the others are."""
-    use = np.flatnonzero(~solution.excluded)
+def absurd_levels(sky: np.ndarray, excluded: np.ndarray) -> list[int]:
+    """Tiles whose sky (K, C), in the mosaic's units, lies further from the others' than a thousand times what the
+    others are."""
+    use = np.flatnonzero(~excluded)
     if len(use) < 3:
         return []
-    sky = (solution.pivot / solution.gain)[use]
-    middle = np.median(sky, axis=0)
-    deviation = np.abs(sky - middle)
+    middle = np.median(sky[use], axis=0)
+    deviation = np.abs(sky[use] - middle)
     scale = np.maximum(np.abs(middle), np.median(deviation, axis=0))
     return use[np.any(deviation > 1000 * np.maximum(scale, 1e-30), axis=1)].tolist()
 
 
-def worst_tile(solution: PhotometricSolution, tiles: Sequence[CoarseTile]) -> list[int]:
-    """The tile to leave out: after the solve, none of its overlaps agrees while those of the others do."""
-    if len(solution.pairs) < 3:
+def worst_tile(pairs: Sequence[PairRelation], count: int) -> list[int]:
+    """The tile to leave out: none of its overlaps agrees while those of the others do."""
+    if len(pairs) < 3:
         return []
     # scatter in units of the expected noise, the worst channel
-    scatter = np.nan_to_num(np.array([p.scatter for p in solution.pairs])).max(axis=1)
+    scatter = np.nan_to_num(np.array([p.scatter for p in pairs])).max(axis=1)
     typical = max(float(np.median(scatter)), 1.0)
-    best = np.full(len(tiles), np.inf)
-    for pair, value in zip(solution.pairs, scatter, strict=True):
+    best = np.full(count, np.inf)
+    for pair, value in zip(pairs, scatter, strict=True):
         best[[pair.i, pair.j]] = np.minimum(best[[pair.i, pair.j]], value)
     best[~np.isfinite(best)] = 0
     k = int(np.argmax(best))
     return [k] if best[k] > 30 * typical else []
 
 
-def _solve(
+def backgrounds_of_tiles(
     tiles: Sequence[CoarseTile],
     pairs: Sequence[PairRelation],
+    gain: np.ndarray,
+    gain_se: np.ndarray,
     excluded: np.ndarray,
     options: PhotometryOptions,
 ) -> PhotometricSolution:
-    """Gains, then offsets, then the residuals of every pair."""
-    count, channels = len(tiles), len(tiles[0].noise)
+    """Levels and gradients for given gains, and all that is to be said of the solution."""
     pivot = np.stack([t.sky for t in tiles])
-    component = components(count, pairs)
-    gain, gain_se, notes = np.ones((count, channels)), np.full((count, channels), np.inf), []
-    if options.match_gain:
-        log_gain, gain_se = solve_gains(pairs, count, channels, options.gain_se_limit)
-        gain, notes = np.exp(log_gain), gain_notes(tiles, gain_se, excluded)
+    component = components(len(tiles), pairs)
     unit = noise_units(tiles, gain, excluded)
-    found = solve_backgrounds(measured_differences(tiles, pairs, gain, unit))
+    terms = TERMS[options.gradient_order]
+    found = solve_backgrounds(measured_differences(tiles, pairs, gain, unit, terms))
     polynomials = found.polynomials * unit[:, None]
     level = set_gauge(-polynomials[:, :, 0], pivot, gain, component, excluded)
-    gradient = np.zeros((count, channels, TERMS[2] - 1))
-    gradient[:, :, : polynomials.shape[2] - 1] = polynomials[:, :, 1:] * gain[:, :, None]
+    gradient = np.zeros((*gain.shape, TERMS[2] - 1))
+    gradient[:, :, : terms - 1] = polynomials[:, :, 1:] * gain[:, :, None]
+    notes = [*bad_notes(tiles, excluded), *component_notes(tiles, component, excluded)]
+    if options.match_gain:
+        notes += gain_notes(tiles, gain_se, excluded)
     return PhotometricSolution(
         gain=gain,
         pivot=pivot,
@@ -320,10 +327,30 @@ def _solve(
         gradient=gradient,
         pairs=tuple(pairs),
         step_after=overlap_steps(tiles, pairs, gain, level, polynomials),
-        sky_error=sky_errors(found.system, *sampled_fields(tiles, component == 0, polynomials.shape[2])),
+        sky_error=sky_errors(
+            found.system, *sampled_fields(tiles, (component == 0) & ~excluded, options.gradient_order)
+        ),
         gradient_sizes=found.sizes,
-        warnings=(*notes, *component_notes(tiles, component, excluded)),
+        warnings=tuple(notes + steep_notes(found.sizes)),
     )
+
+
+def bad_notes(tiles: Sequence[CoarseTile], excluded: np.ndarray) -> list[Notice]:
+    """One named warning for each tile that is left out."""
+    words = "its values do not belong to this sky; left out of the mosaic"
+    return [_notice(tiles[k], "bad_tile", words) for k in np.flatnonzero(excluded).tolist()]
+
+
+def steep_notes(sizes: np.ndarray) -> list[Notice]:
+    """A warning where gradients are so steep that fits cannot be trusted to tell them from the sky."""
+    largest = float(np.max(sizes, initial=0.0))
+    if largest <= STEEP:
+        return []
+    words = (
+        f"steep_gradients: the tiles' gradients are about {largest:.0f} times the noise of a pixel; gains and levels may "
+        "be wrong: flatten the tiles, or leave the worst out"
+    )
+    return [Notice(words, "steep_gradients", "")]
 
 
 def noise_units(tiles: Sequence[CoarseTile], gain: np.ndarray, excluded: np.ndarray) -> np.ndarray:
@@ -334,32 +361,36 @@ def noise_units(tiles: Sequence[CoarseTile], gain: np.ndarray, excluded: np.ndar
 
 
 def measured_differences(
-    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], gain: np.ndarray, unit: np.ndarray
+    tiles: Sequence[CoarseTile], pairs: Sequence[PairRelation], gain: np.ndarray, unit: np.ndarray, terms: int
 ) -> Measured:
-    """What the overlaps say of the tiles' backgrounds, once their gains are known."""
+    """What the overlaps say of the first ``terms`` terms of the tiles' backgrounds, once their gains are known.
+
+    The modes are made of the terms in their order: the first of them are those of the first terms alone.
+    """
     i, j = tiles_of(pairs)
-    terms = pairs[0].modes_i.shape[0] if pairs else 1
+    if any(len(p.modes_i) < terms for p in pairs):
+        raise ValueError("the pairs were measured for gradients of a lower order")
     shape = (len(pairs), len(unit), terms)
-    x, y = (np.array([getattr(p, name) for p in pairs]).reshape(shape) for name in ("smooth_i", "smooth_j"))
+    x, y = (np.array([getattr(p, name)[:, :terms] for p in pairs]).reshape(shape) for name in ("smooth_i", "smooth_j"))
     error = np.array([p.smooth_se for p in pairs]).reshape(shape[:2]) / gain[i] / unit
+    error = np.maximum(error, LEAST_ERROR)
     return Measured(
         i,
         j,
         difference=(x / gain[i][:, :, None] - y / gain[j][:, :, None]) / unit[:, None],
         weight=np.mean(error**-2.0, axis=1),
-        modes_i=np.array([p.modes_i for p in pairs]).reshape(-1, terms, terms),
-        modes_j=np.array([p.modes_j for p in pairs]).reshape(-1, terms, terms),
+        modes_i=np.array([p.modes_i[:terms, :terms] for p in pairs]).reshape(-1, terms, terms),
+        modes_j=np.array([p.modes_j[:terms, :terms] for p in pairs]).reshape(-1, terms, terms),
         camera=cameras([t.scale for t in tiles]),
     )
 
 
-def sampled_fields(tiles: Sequence[CoarseTile], use: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray]:
+def sampled_fields(tiles: Sequence[CoarseTile], use: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
     """What `overlaps.backgrounds.sky_errors` takes: (n, K, M) and (n, 2), of places spread over the tiles in use."""
-    order = {count: order for order, count in TERMS.items()}[terms]
-    numbers = np.flatnonzero(use).tolist()
-    places = np.concatenate([tiles[k].sample_cells() for k in numbers])
-    places = places[:: -(-len(places) // MOST_PLACES)]
-    fields = np.zeros((len(places), len(tiles), terms))
+    numbers = [k for k in np.flatnonzero(use).tolist() if tiles[k].fraction.size]
+    places = np.concatenate([np.zeros((0, 2)), *(tiles[k].sample_cells() for k in numbers)])
+    places = places[:: max(-(-len(places) // MOST_PLACES), 1)]
+    fields = np.zeros((len(places), len(tiles), TERMS[order]))
     for k in numbers:
         fields[:, k] = tiles[k].terms_within(places, order)
     covering = np.count_nonzero(fields[:, :, 0], axis=1)
@@ -422,7 +453,7 @@ def overlap_steps(
     sides = []
     for k, smooth, modes in zip(tiles_of(pairs), ("smooth_i", "smooth_j"), ("modes_i", "modes_j"), strict=True):
         mean = np.array([getattr(p, smooth)[:, 0] for p in pairs])
-        first = np.array([getattr(p, modes)[0, 1:] for p in pairs])
+        first = np.array([getattr(p, modes)[0, 1 : polynomials.shape[2]] for p in pairs])
         # the level holds the polynomial's constant already
         slope = np.sum(polynomials[k, :, 1:] * first[:, None], axis=2)
         sides.append((mean / gain[k] + level[k] - slope, noise[k] ** 2))

@@ -51,7 +51,7 @@ def gain_errors(solution, gain):
 def test_two_tiles_of_noise_share_no_structure():
     relation = pair_of(np.full((3, 80, 80), 1000.0), 1.0)
     assert np.isinf(relation.log_ratio_se).all()
-    assert relation.mean_i - relation.mean_j == pytest.approx(0, abs=10 * NOISE)
+    assert relation.smooth_i[:, 0] == pytest.approx(relation.smooth_j[:, 0], abs=10 * NOISE)
 
 
 def test_signal_to_noise_of_one():
@@ -284,11 +284,66 @@ def test_a_dark_channel_takes_the_gain_of_the_others_with_its_own_error():
     assert (solution.gain_se[:, 2] > 0.1).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 5.0])
+def test_a_constant_channel_beside_two_that_are_known(value):
+    """A filter that shows nothing, or was never there: blue of panels taken in two colours."""
+    tiles, gain, _ = tile_grid(1)
+    blank = np.full((1, 60, 60), value, np.float32)
+    still = np.array([1, 1, 0.0])
+    tiles = [
+        replace(
+            t,
+            means=np.concatenate([t.means[:2], blank]),
+            noise=t.noise * still,
+            pixel_noise=t.pixel_noise * still,
+            sky=np.append(t.sky[:2], value),
+        )
+        for t in tiles
+    ]
+    for order in (0, 2):
+        solution = compute_photometric_gains_and_offsets(tiles, PhotometryOptions(gradient_order=order))
+        assert not solution.warnings
+        assert np.abs(gain_errors(solution, gain)[:, :2]).max() < 0.01
+        assert np.isfinite(solution.level).all() and np.isfinite(solution.gradient).all()
+
+
+def test_tiles_that_are_all_but_free_of_noise_spoil_no_others():
+    sky = sky_cells((195, 195))
+    tiles, gain, offset = tile_grid(1, sky=sky)
+    right = sky_error(compute_photometric_gains_and_offsets(tiles), tiles, sky, gain)
+    for k in (0, 1):
+        y, x = tiles[k].corner
+        quiet = sky[:, y : y + 60, x : x + 60] * gain[k][:, None, None] + offset[k][:, None, None]
+        tiles[k] = replace(
+            tiles[k],
+            means=quiet.astype(np.float32),
+            noise=tiles[k].noise * 1e-4,
+            pixel_noise=tiles[k].pixel_noise * 1e-4,
+        )
+    found = sky_error(compute_photometric_gains_and_offsets(tiles), tiles, sky, gain)
+    assert np.median(found, axis=(2, 3)) == pytest.approx(np.median(right, axis=(2, 3)), abs=0.3)
+
+
+def test_pairs_of_a_higher_order_serve_a_lower_one():
+    tiles, *_ = tilted_grid()
+    pairs = measure_pairs(tiles)
+    flat = compute_photometric_gains_and_offsets(tiles, PhotometryOptions(gradient_order=0), pairs)
+    assert not flat.gradient.any() and flat.has_gradients is None
+    with pytest.raises(ValueError, match="lower order"):
+        compute_photometric_gains_and_offsets(tiles, pairs=measure_pairs(tiles, order=0))
+
+
+def test_gradients_far_beyond_the_noise_are_named():
+    steep, *_ = tilted_grid(slope=3000.0)
+    assert "steep_gradients" in [w.kind for w in compute_photometric_gains_and_offsets(steep).warnings]
+
+
 def test_one_tile_and_none():
     tile = tile_grid(1)[0][0]
     solution = compute_photometric_gains_and_offsets([tile])
     assert normalised(solution, [tile])[0] == pytest.approx(tile.means)
-    assert not solution.warnings
+    assert not solution.warnings and solution.has_gradients is None
+    assert np.isnan(solution.sky_error).all() and np.isinf(solution.offset_se).all()
     with pytest.raises(ValueError, match="channels"):
         compute_photometric_gains_and_offsets([])
 
@@ -413,7 +468,7 @@ def test_many_pairs_solve_quickly_and_right():
         ratio = truth[i] - truth[j] + rng.normal(0, 0.005, 3) + wrong
         pairs.append(given_pair(int(i), int(j), ratio, np.full(3, 0.005)))
     start = time.perf_counter()
-    solution = compute_photometric_gains_and_offsets([blank] * 200, pairs=pairs)
+    solution = compute_photometric_gains_and_offsets([blank] * 200, PhotometryOptions(gradient_order=0), pairs)
     assert time.perf_counter() - start < 5  # benchmarks/photometry.py: 0.6
     error = np.log(solution.gain) - (truth - truth.mean(axis=0))
     assert np.sqrt(np.mean(error**2)) < 2 * 0.005 / np.sqrt(65)

@@ -196,7 +196,7 @@ def test_saturated_stars_take_no_part_in_gains(clipped_pair):
     (naive,) = measure_pairs([replace(tile, saturated=None) for tile in clipped_pair])
     assert np.abs(naive.log_ratio - np.log(0.5)).min() > 0.01
     assert np.abs(fair.log_ratio - np.log(0.5)).max() < 0.002
-    assert fair.log_ratio_se.max() < 0.5 * naive.log_ratio_se.max()
+    assert (fair.log_ratio_se < naive.log_ratio_se).all()
 
 
 def test_where_nearly_all_cells_are_saturated_they_speak_all_the_same(clipped_pair):

@@ -24,7 +24,7 @@ MOST_STEPS = 40
 #: Where the sizes of slopes, curvatures and common curvatures start, in units of the noise; the greater evidence wins.
 STARTS = ((1.0, 0.3, 1.0), (0.1, 0.1, 3.0))
 #: Smallest and largest size, in the same unit.
-LEAST_SIZE, GREATEST_SIZE = 1e-2, 1e4
+LEAST_SIZE, GREATEST_SIZE = 1e-2, 1e9
 #: Expected ratio of the sizes of curvatures and slopes, and the standard deviation of its logarithm: felt only where
 #: the overlaps cannot tell one from the other.
 CURVATURE_SHARE, SHARE_SPREAD = 0.3, 1.0
@@ -165,7 +165,7 @@ class System:
         tiles, terms = measured.tiles, measured.terms
         self.scale = np.tile(np.repeat([1.0, *sizes[:2]], [1, 2, 3][: 1 + len(sizes[:2])]), tiles)
         self.common = sizes[-1] * common_columns(measured.camera) if terms > 3 else np.zeros((tiles * terms, 0))
-        ridge = RIDGE * (float(np.mean(weight)) if len(weight) else 1.0)
+        ridge = RIDGE * (float(np.median(weight)) if len(weight) else 1.0)
         self.prior = np.tile(np.append(ridge, np.ones(terms - 1)), tiles)
         rows, columns, pieces = measured.pieces
         values = (weight[:, None, None] * pieces).ravel()
@@ -236,7 +236,10 @@ class System:
         return right.T @ self.solve(right)
 
     def level_errors(self, group: np.ndarray) -> np.ndarray:
-        """Standard error (K,) of the level of each tile against the mean of its group, int (K,), of connected tiles."""
+        """Standard error (K,) of the level of each tile against the mean of its group, int (K,), of connected tiles.
+
+        Infinite for a tile that overlaps no other.
+        """
         tiles, terms = self.measured.tiles, self.measured.terms
         size = np.bincount(group)
         errors = np.zeros(tiles)
@@ -246,7 +249,7 @@ class System:
             levels[:, :, 0] = np.where(group[some, None] == group, -1.0 / size[group], 0.0)
             levels[np.arange(len(some)), some, 0] += 1.0
             errors[some] = np.sqrt(np.maximum(np.diag(self.covariance(levels)), 0.0))
-        return errors
+        return np.where(size[group] > 1, errors, np.inf)
 
     def kinds(self) -> list[np.ndarray]:
         """Which unknowns are slopes, curvatures and common curvatures."""
@@ -319,10 +322,10 @@ def sky_errors(system: System, fields: np.ndarray, places: np.ndarray) -> np.nda
 
     ``fields`` (n, K, M) are the terms of the tiles' polynomials at each place, mean over the tiles that cover it;
     ``places`` (n, 2) its row and column. Three numbers: with only a constant taken out, after a plane, after a
-    quadratic over the mosaic.
+    quadratic over the mosaic. NaN where no tile overlaps another.
     """
-    if len(places) < 2:
-        return np.zeros(3)
+    if not len(system.measured.i):
+        return np.full(3, np.nan)
     covariance = system.covariance(fields)
     y, x = ((places - places.mean(axis=0)) / np.maximum(np.ptp(places, axis=0), 1)).T
     columns = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)

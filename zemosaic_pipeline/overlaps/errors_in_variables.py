@@ -34,6 +34,8 @@ STRUCTURE_ERRORS = np.geomspace(0.001, 0.064, 13)
 MIN_EVIDENCE, SEEN_EVIDENCE = 5.0, 2.0
 #: Largest change of a log ratio in one step of the fit.
 LARGEST_CHANGE = 1.0
+#: Least information on a log ratio: a channel without structure has none, but a matrix must have an inverse.
+LEAST_INFORMATION = 1e-6
 #: Fewest common cells for an overlap to count.
 MIN_CELLS = 12
 #: Most steps of one iterative fit.
@@ -193,7 +195,9 @@ def trend(values: np.ndarray, smooth: np.ndarray) -> np.ndarray:
 def deming_slope(sxx: np.ndarray, syy: np.ndarray, sxy: np.ndarray, noise_ratio: np.ndarray) -> np.ndarray:
     """Maximum-likelihood slope for errors on both axes; Deming (1943), Statistical Adjustment of Data, ch. 11."""
     d = syy - noise_ratio * sxx
-    return (d + np.sqrt(d * d + 4 * noise_ratio * sxy * sxy)) / (2 * sxy)
+    root = np.sqrt(d * d + 4 * noise_ratio * sxy * sxy) + np.abs(d)
+    # of two equal forms the one without a difference of nearly equal numbers
+    return np.where(d >= 0, root / (2 * sxy), 2 * noise_ratio * sxy / root)
 
 
 def first_model(overlap: Overlap, ratio: np.ndarray, smooth: int) -> Model:
@@ -277,7 +281,8 @@ def improved(overlap: Overlap, design: np.ndarray, weight: np.ndarray, model: Mo
     products, free = weighted_products(design, weight, values)
     axes = both_axes(model.ratio, model.theta)
     (sxx, sxy), (_, syy) = np.moveaxis(axes @ products @ np.swapaxes(axes, 1, 2), 0, -1)
-    seen = sxy > SEEN_EVIDENCE * np.sqrt(np.maximum(sxx * syy, 0.0) * CORRELATED_CELLS / len(weight))
+    product = np.maximum(sxx, 0.0) * np.maximum(syy, 0.0)
+    seen = (sxy > SEEN_EVIDENCE * np.sqrt(product * CORRELATED_CELLS / len(weight))) & (product > 0)
     if not seen.any():
         return None
     ratio = deming_slope(sxx, syy, np.where(seen, sxy, 1.0), noise_ratio(overlap, model))
@@ -342,7 +347,8 @@ def inverse_information(products: np.ndarray, structure: np.ndarray, sigma: np.n
     channels = len(products)
     with_structure = (products @ structure[:, :, None])[:, :, 0]
     across = with_structure[:, 2:] / sigma
-    own = np.diag(np.sum(structure * with_structure, axis=1))
+    # of a constant channel nothing is known
+    own = np.diag(np.maximum(np.sum(structure * with_structure, axis=1), LEAST_INFORMATION))
     shared = np.sum(products[:, 2:, 2:] / sigma[:, :, None] ** 2, axis=0) + np.diag(PRIOR_INFORMATION)
     information = np.empty((channels + len(shared),) * 2)
     information[:channels, :channels], information[channels:, channels:] = own, shared

@@ -61,4 +61,7 @@ def sparse(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, size: int)
     matrix = csc_matrix((values, (rows, columns)), shape=(size, size))
     options = {"SymmetricMode": True}
     factor = splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
-    return factor.solve, float(np.sum(np.log(np.abs(factor.U.diagonal()))))
+    pivots = factor.U.diagonal()
+    if not (pivots > 0).all():
+        raise np.linalg.LinAlgError("Matrix is not positive definite")
+    return factor.solve, float(np.sum(np.log(pivots)))

@@ -119,16 +119,6 @@ class PairRelation:
     modes_j: np.ndarray
     step_before: np.ndarray
 
-    @property
-    def mean_i(self) -> np.ndarray:
-        """Mean (C,) of tile i over the overlap's cells, those without stars weighing most, less the tile's sky."""
-        return self.smooth_i[:, 0]
-
-    @property
-    def mean_j(self) -> np.ndarray:
-        """The same of tile j."""
-        return self.smooth_j[:, 0]
-
 
 # ---------------------------------------------------------------------------------------------------- common cells
 
@@ -162,11 +152,9 @@ def common_cells(
     return a.means[:, ya, xa], b.means[:, yb, xb], both
 
 
-def measure_pairs(
-    tiles: Sequence[CoarseTile], excluded: np.ndarray | None = None, order: int = 2
-) -> list[PairRelation]:
+def measure_pairs(tiles: Sequence[CoarseTile], order: int = 2) -> list[PairRelation]:
     """Relations of the overlapping pairs, in the order of the tiles; ``order`` of the gradients that they may have."""
-    found = (pair_relation(tiles, i, j, order) for i, j in overlapping_pairs(tiles, excluded))
+    found = (pair_relation(tiles, i, j, order) for i, j in overlapping_pairs(tiles))
     return [relation for relation in found if relation is not None]
 
 
@@ -210,7 +198,7 @@ class PairsInPassing:
         All pairs are measured where those with a hub fall apart into more groups than they form together.
         """
         if len(self._hubs) < self._count:
-            everything = overlapping_pairs([self._tiles[k] for k in range(self._count)], None)
+            everything = overlapping_pairs([self._tiles[k] for k in range(self._count)])
             apart, together = (connected_groups(self._count, p).max() for p in (list(self._pending), everything))
             if apart > together:
                 for pair in everything:
@@ -219,15 +207,13 @@ class PairsInPassing:
         return [relation for relation in found if relation is not None]
 
 
-def overlapping_pairs(tiles: Sequence[CoarseTile], excluded: np.ndarray | None) -> list[tuple[int, int]]:
-    """All pairs of tiles, without those ``excluded``, whose rectangles meet."""
-    use = [k for k in range(len(tiles)) if excluded is None or not excluded[k]]
+def overlapping_pairs(tiles: Sequence[CoarseTile]) -> list[tuple[int, int]]:
+    """All pairs of tiles whose rectangles meet."""
     boxes = np.array([[*t.corner, t.corner[0] + t.fraction.shape[0], t.corner[1] + t.fraction.shape[1]] for t in tiles])
     pairs: list[tuple[int, int]] = []
-    for position, i in enumerate(use):
-        rest = np.array(use[position + 1 :], dtype=int)
-        meets = ((boxes[rest, :2] < boxes[i, 2:]) & (boxes[rest, 2:] > boxes[i, :2])).all(axis=1)
-        pairs += [(i, int(j)) for j in rest[meets]]
+    for i in range(len(tiles)):
+        meets = ((boxes[i + 1 :, :2] < boxes[i, 2:]) & (boxes[i + 1 :, 2:] > boxes[i, :2])).all(axis=1)
+        pairs += [(i, int(j)) for j in i + 1 + np.flatnonzero(meets)]
     return pairs
 
 
@@ -280,8 +266,17 @@ def make_overlap(a: CoarseTile, b: CoarseTile, means_a: np.ndarray, means_b: np.
     rows, columns = rows * down, columns * across
     cells = rows * both.shape[1] + columns
     x, y = (image.reshape(len(image), -1).take(cells, axis=1) for image in images)
-    vx, vy = (np.maximum(np.asarray(t.noise, float) ** 2 * SMOOTHED_VARIANCE, 1e-30) for t in (a, b))
+    vx, vy = (smoothed_variance(t, image) for t, image in zip((a, b), images, strict=True))
     return Overlap(images[0], images[1], x, y, used, (down, across), vx, vy)
+
+
+def smoothed_variance(tile: CoarseTile, image: np.ndarray) -> np.ndarray:
+    """Variance (C,) of the noise of a smoothed cell of an image (C, h, w): at least that of rounding the cells' means.
+
+    Where the noise is said to be 0 (a constant channel), rounding would pass for structure.
+    """
+    rounding = np.finfo(np.float32).eps * (np.abs(image).max(axis=(1, 2)) + np.abs(tile.sky))
+    return np.maximum(np.square(tile.noise) * SMOOTHED_VARIANCE, np.maximum(np.square(rounding), 1e-30))
 
 
 def terms_of_both(a: CoarseTile, b: CoarseTile, overlap: Overlap, order: int) -> list[np.ndarray]:

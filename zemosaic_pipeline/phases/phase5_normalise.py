@@ -77,12 +77,14 @@ def normalise(run: Run, grid: OutputGrid, tiles: Sequence[SurveyedTile], pixels:
             f"photometric normalisation of {count} tiles over {len(scene.solution.pairs)} overlaps",
             num_tiles=count,
         )
-        run.reporter.info("", gradients_in_words(scene.solution))
+        run.reporter.logger.info("%s", gradients_in_words(scene.solution))
     return scene
 
 
 def gradients_in_words(solution: PhotometricSolution) -> str:
     """What was found of gradients, and how well the mosaic's sky is known because of them."""
+    if solution.has_gradients is None:
+        return "no gradients were looked for"
     if not solution.has_gradients:
         return "no gradient between the tiles is larger than their noise explains"
     whole, plane, quadratic = solution.sky_error
