@@ -159,7 +159,9 @@ def initial_ratios(overlap: Overlap, smooth: np.ndarray) -> np.ndarray | None:
     count = overlap.x.shape[1]
     if count < MIN_CELLS:
         return None
-    x, y = (clipped(clipped(values) - trend(clipped(values), smooth)) for values in (overlap.x, overlap.y))
+    x, y = clipped(overlap.x), clipped(overlap.y)
+    if len(smooth):
+        x, y = (clipped(values - trend(values, smooth)) for values in (x, y))
     sxx, syy, sxy = (np.mean(product, axis=1) for product in (x * x, y * y, x * y))
     noise = np.sqrt(np.maximum(sxx * syy, 1e-300) * CORRELATED_CELLS / count)
     if np.sum(sxy / noise) <= MIN_EVIDENCE * np.sqrt(len(sxy)):
@@ -183,9 +185,7 @@ def clipped(values: np.ndarray) -> np.ndarray:
 
 
 def trend(values: np.ndarray, smooth: np.ndarray) -> np.ndarray:
-    """Least squares of values (C, n) by a constant and the smooth columns (m, n); 0 where there are none."""
-    if not len(smooth):
-        return np.zeros((len(values), 1))
+    """Least squares of values (C, n) by a constant and the smooth columns (m, n)."""
     columns = np.concatenate([np.ones((1, smooth.shape[1])), smooth])
     gram = columns @ columns.T
     gram[np.diag_indices(len(gram))] += 1e-12 * np.trace(gram)
