@@ -124,11 +124,9 @@ def solve_seconds(tiles: int = 200, pairs: int = 6500, channels: int = 3, seed: 
 
 def modes_of_squares(shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The modes (6, 6) of the overlap of two squares, of both polynomials; the second is shifted by so much of -1..1."""
-    y, x = (at.ravel() for at in np.mgrid[-1:1:20j, -1:1:20j])
+    y, x = (at.ravel() for at in np.mgrid[-1:1:24j, -1:1:24j])
     inside = (np.abs(y - shift[0]) <= 1) & (np.abs(x - shift[1]) <= 1)
-    first, second = (
-        np.stack(polynomial_terms(x[inside] - dx, y[inside] - dy, (1.0, 1.0), 2)) for dy, dx in ((0.0, 0.0), shift)
-    )
+    first, second = (polynomial_terms(x[inside] - dx, y[inside] - dy, (1.0, 1.0), 2) for dy, dx in ((0.0, 0.0), shift))
     weight = np.full(first.shape[1], 1.0 / first.shape[1])
     modes = orthonormal(first, weight)
     return (modes * weight) @ first.T, (modes * weight) @ second.T

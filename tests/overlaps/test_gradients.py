@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scenes.places import benchmark
 from zemosaic_pipeline.overlaps import backgrounds, factorised
 from zemosaic_pipeline.overlaps.backgrounds import Measured, System, evidence, pair_residuals, sky_errors
 from zemosaic_pipeline.overlaps.gradients import orthonormal, polynomial_terms, square_coordinates
 
 ERROR = 0.02
+modes_of_squares = benchmark("photometry").modes_of_squares
 
 
 def measured_grid(
@@ -34,18 +36,8 @@ def measured_grid(
     return Measured(i, j, difference, weight, modes[:, 0], modes[:, 1], np.zeros(count, int)), polynomials, place
 
 
-def modes_of_squares(shift):
-    """Modes (2, 6, 6) of the overlap of two squares of side 2, the second shifted by rows and columns."""
-    y, x = (at.ravel() for at in np.mgrid[-1:1:24j, -1:1:24j])
-    inside = (np.abs(y - shift[0]) <= 1) & (np.abs(x - shift[1]) <= 1)
-    first, second = (terms_at(y[inside] - dy, x[inside] - dx) for dy, dx in ((0.0, 0.0), shift))
-    weight = np.full(first.shape[1], 1 / first.shape[1])
-    modes = orthonormal(first, weight)
-    return (modes * weight) @ first.T, (modes * weight) @ second.T
-
-
 def terms_at(y, x):
-    return np.stack(polynomial_terms(x, y, (1.0, 1.0), 2))
+    return polynomial_terms(x, y, (1.0, 1.0), 2)
 
 
 def sky_samples(place, count=6):
@@ -80,7 +72,7 @@ def test_the_terms_of_a_tile_but_the_first_have_no_mean(height, width):
     rows, columns = (at.ravel() for at in np.mgrid[0:height, 0:width])
     u, v = place.at(rows, columns)
     assert max(np.abs(u).max(), np.abs(v).max()) == pytest.approx(1 - 1 / max(height, width))
-    means = np.stack(polynomial_terms(u, v, place.half, 2)).mean(axis=1)
+    means = polynomial_terms(u, v, place.half, 2).mean(axis=1)
     assert means == pytest.approx([1, 0, 0, 0, 0, 0], abs=0.5 / min(height, width))
 
 

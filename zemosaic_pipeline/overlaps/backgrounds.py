@@ -69,11 +69,23 @@ class Measured:
     camera: np.ndarray
 
     @cached_property
+    def unknowns(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers (P, 2 M) of the coefficients that each pair's difference depends on, and how (P, M, 2 M)."""
+        term = np.arange(self.terms)
+        first, second = (tile[:, None] * self.terms + term for tile in (self.i, self.j))
+        return np.concatenate([first, second], axis=1), np.concatenate([self.modes_i, -self.modes_j], axis=2)
+
+    @cached_property
     def pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, columns and values (P, 2 M, 2 M) of each pair's part of the normal equations, for a weight of 1."""
-        at, both = unknowns_of_pairs(self)
+        at, both = self.unknowns
         rows, columns = np.broadcast_arrays(at[:, :, None], at[:, None, :])
         return rows.ravel(), columns.ravel(), np.swapaxes(both, 1, 2) @ both
+
+    @cached_property
+    def pulls(self) -> np.ndarray:
+        """Each pair's part (P, C, 2 M) of the right sides, for a weight of 1."""
+        return self.difference @ self.unknowns[1]
 
     @property
     def terms(self) -> int:
@@ -266,19 +278,12 @@ def common_columns(camera: np.ndarray) -> np.ndarray:
     return columns.reshape(-1, columns.shape[2])
 
 
-def unknowns_of_pairs(measured: Measured) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (P, 2 M) of the coefficients that each pair's difference depends on, and how (P, M, 2 M)."""
-    term = np.arange(measured.terms)
-    first, second = (tile[:, None] * measured.terms + term for tile in (measured.i, measured.j))
-    return np.concatenate([first, second], axis=1), np.concatenate([measured.modes_i, -measured.modes_j], axis=2)
-
-
 def normal_pull(measured: Measured, weight: np.ndarray) -> np.ndarray:
     """Right sides (K M, C) of the normal equations."""
-    at, both = unknowns_of_pairs(measured)
-    pulls = weight[:, None, None] * (measured.difference @ both)
+    at = measured.unknowns[0].ravel()
+    pulls = weight[:, None, None] * measured.pulls
     size = measured.tiles * measured.terms
-    return np.stack([np.bincount(at.ravel(), pulls[:, c].ravel(), size) for c in range(pulls.shape[1])], axis=1)
+    return np.stack([np.bincount(at, pulls[:, c].ravel(), size) for c in range(pulls.shape[1])], axis=1)
 
 
 def size_changes(system: System, z: np.ndarray) -> np.ndarray:
@@ -287,7 +292,7 @@ def size_changes(system: System, z: np.ndarray) -> np.ndarray:
     squares = np.array([np.sum(z[kind] ** 2) for kind in system.kinds()])
     determined = z.shape[1] * system.determined
     if len(sizes) > 1:
-        pull = (np.log(sizes[1] / sizes[0]) - np.log(CURVATURE_SHARE)) / SHARE_SPREAD**2
+        pull = excess_share(sizes) / SHARE_SPREAD**2
         squares[0] += max(pull, 0)
         determined[1] += max(pull, 0)
         squares[1] += max(-pull, 0)
@@ -296,6 +301,11 @@ def size_changes(system: System, z: np.ndarray) -> np.ndarray:
     change = np.clip(change, -LARGEST_CHANGE, LARGEST_CHANGE)
     at_least = (sizes <= LEAST_SIZE) & (change < 0)
     return np.where(at_least, 0.0, change)
+
+
+def excess_share(sizes: np.ndarray) -> float:
+    """Logarithm of the ratio of curvatures and slopes over the expected one."""
+    return float(np.log(sizes[1] / sizes[0] / CURVATURE_SHARE))
 
 
 def pair_residuals(measured: Measured, polynomials: np.ndarray) -> np.ndarray:
@@ -313,7 +323,7 @@ def evidence(system: System, z: np.ndarray, residual: np.ndarray, share: np.ndar
     value = -0.5 * (channels * system.log_determinant() + misfit)
     value += 0.5 * channels * terms * np.sum(np.log(np.maximum(share, 1e-300)))
     if len(system.sizes) > 1:
-        value -= 0.5 * (np.log(system.sizes[1] / system.sizes[0] / CURVATURE_SHARE) / SHARE_SPREAD) ** 2
+        value -= 0.5 * (excess_share(system.sizes) / SHARE_SPREAD) ** 2
     return float(value)
 
 

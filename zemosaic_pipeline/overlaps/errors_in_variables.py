@@ -3,7 +3,7 @@
 Both images are means over the same coarse cells, so both axes are noisy and the noise is known. The fit is Deming's,
 robust, on the structure that remains after a constant. What else may differ between two exposures is fitted along: a
 displacement and the width and shape of the stars (shared by all channels, so that it cannot trade against one
-channel's gain, a colour error), and a plane where the residuals ask for it. docs/photometry.md derives it.
+channel's gain, a colour error), and a polynomial unless the residuals show none. docs/photometry.md derives it.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Fit:
 def fit_overlap(overlap: Overlap, order: int = 2) -> Fit:
     """The fit of one tile on the other.
 
-    A polynomial of ``order`` (at least 1) is fitted along where the residuals ask for it: always to fit it would cost
-    the information that a nebula holds. The errors are infinite, all of them, where the tiles share no structure
+    A polynomial of ``order`` (at least 1) is fitted along unless the residuals show that there is none: always to fit
+    it would cost the information that a nebula holds. The errors are infinite, all of them, where the tiles share no structure
     beyond their noise.
     """
     one = np.ones(len(overlap.x))

@@ -93,14 +93,10 @@ def square_coordinates(size: tuple[int, int]) -> TileCoordinates:
     return TileCoordinates(coefficients, size, (size[0] / 2 / half, size[1] / 2 / half))
 
 
-def polynomial_terms(u, v, half: tuple[float, float], order: int) -> list:
-    """The terms of a tile's polynomial: 1, u, v, u^2 - mean, u v, v^2 - mean; arrays of any namespace."""
-    terms = [1.0 + 0.0 * (u + v)]
-    if order > 0:
-        terms += [u + 0.0 * v, v + 0.0 * u]
-    if order > 1:
-        terms += [u * u - half[1] ** 2 / 3 + 0.0 * v, u * v, v * v - half[0] ** 2 / 3 + 0.0 * u]
-    return terms
+def polynomial_terms(u: np.ndarray, v: np.ndarray, half: tuple[float, float], order: int) -> np.ndarray:
+    """The terms (M, n) of a tile's polynomial at places (n,): 1, u, v, u^2 - mean, u v, v^2 - mean."""
+    terms = [np.ones_like(u), u, v, u * u - half[1] ** 2 / 3, u * v, v * v - half[0] ** 2 / 3]
+    return np.stack(terms[: TERMS[order]])
 
 
 @dataclass(frozen=True)

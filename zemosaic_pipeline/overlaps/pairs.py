@@ -70,7 +70,7 @@ class CoarseTile:
         """Terms (M, n) of the tile's polynomial at cells (n,) of its own window, whole or broken numbers."""
         place = self.coordinates or square_coordinates(self.fraction.shape)
         u, v = place.at(rows, columns)
-        return np.stack(polynomial_terms(u, v, place.half, order))
+        return polynomial_terms(u, v, place.half, order)
 
     def sample_cells(self) -> np.ndarray:
         """Some cells (36, 2) spread over the tile's window, row and column on the mosaic's coarse grid."""
@@ -86,7 +86,7 @@ class CoarseTile:
         rows, columns = (cells - np.array(self.corner)).T
         u, v = place.at(rows, columns)
         within = (np.abs(u) <= place.half[1]) & (np.abs(v) <= place.half[0])
-        return np.where(within, np.stack(polynomial_terms(u, v, place.half, order)), 0.0).T
+        return np.where(within, polynomial_terms(u, v, place.half, order), 0.0).T
 
 
 @dataclass(frozen=True)
